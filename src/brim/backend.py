@@ -1,0 +1,96 @@
+"""The Backend protocol: everything a device package must offer. The framework knows devices only through it.
+
+A backend is found by its entry point in the group ``brim.backends``. It owns the array type, the raw memory and the
+kernels; it never decides about budgets, gradients or plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from brim.op import Op
+from brim.spec import Scalar, Spec
+
+__all__ = ["Backend", "BoundKernel", "MemoryInfo"]
+
+
+@dataclass(frozen=True, slots=True)
+class BoundKernel:
+    """A kernel chosen for certain specs.
+
+    Attributes:
+        run: ``run(out, *ins, scratch=None, **params)``; ``out`` is an array, or a tuple for several outputs; Python
+            scalars among the inputs are passed as they are. It writes every element of ``out`` and allocates nothing.
+        scratch_bytes: working memory the caller provides as ``scratch`` (a flat uint8 array), exact.
+        library_bytes: memory that a library call inside allocates and frees by itself, an upper bound.
+        contiguous: which inputs must be row-major (the caller copies the others).
+        aliasing: True when an output may share its memory, element for element, with an input of the same spec.
+    """
+
+    run: Callable[..., None]
+    scratch_bytes: int = 0
+    library_bytes: int = 0
+    contiguous: tuple[bool, ...] = ()
+    aliasing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """Memory of a device as this process sees it, in bytes.
+
+    Attributes:
+        total_bytes: the most this process could ever use.
+        available_bytes: what it could use now without swapping or taking from others.
+        limited_by: what sets the total ("physical memory", "cgroup v2 ...", "RLIMIT_AS").
+    """
+
+    total_bytes: int
+    available_bytes: int
+    limited_by: str
+
+
+class Backend(Protocol):
+    """What a device package implements."""
+
+    kind: str
+    """The device's name in ``brim.device("kind:index")``."""
+
+    alignment_bytes: int
+    """Every block starts at, and is rounded up to, a multiple of this."""
+
+    shares_host_memory: bool
+    """True when the device's memory is the host's (CPU, unified memory)."""
+
+    def count(self) -> int:
+        """Number of devices. Raises DeviceError saying exactly what is missing when there is none."""
+
+    def describe(self, index: int) -> str:
+        """One line: the device's name and size."""
+
+    def allocate(self, index: int, nbytes: int) -> Any:
+        """A raw buffer of ``nbytes``, aligned, not initialised."""
+
+    def view(self, buffer: Any, offset_bytes: int, spec: Spec) -> Any:
+        """An array over part of a raw buffer."""
+
+    def bind(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> BoundKernel:
+        """The kernel for an op on these specs. Raises KeyError when the op has none (a composite's body runs then)."""
+
+    def upload(self, array: Any, host: np.ndarray[Any, Any]) -> None:
+        """Copy a host array of the same shape and dtype into a device array."""
+
+    def download(self, array: Any) -> np.ndarray[Any, Any]:
+        """A host array with a device array's values (the array itself where host and device are one)."""
+
+    def adopt(self, host: np.ndarray[Any, Any]) -> Any:
+        """A raw buffer over a host array's memory without copying, or None where that is impossible."""
+
+    def synchronize(self, index: int) -> None:
+        """Return when everything launched on the device has finished."""
+
+    def memory(self, index: int) -> MemoryInfo | None:
+        """Memory as this process sees it now; None where the host's limits are the answer."""

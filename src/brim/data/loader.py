@@ -1,0 +1,249 @@
+"""DataLoader: a dataset in batches, epoch by epoch, with (seed, epoch, position) as its whole state.
+
+The order of an epoch is a pure function of the seed and the epoch number, so a run that stops anywhere continues with
+exactly the batches it has not seen. Batches are gathered and transformed on a prefetch thread; they become Tensors on
+the thread that asks for them.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from brim.data.dataset import Dataset, gather
+from brim.data.prefetch import Prefetcher
+from brim.data.transforms import Array
+from brim.errors import CheckpointError, DataError
+from brim.random import permutation
+from brim.spec import Spec, as_dtype
+from brim.tensor import asarray
+
+__all__ = ["DataLoader"]
+
+_SAME = ("num_samples", "batch_size", "shuffle", "drop_last")  # what a position counts in; must not change on resume
+
+
+class DataLoader:
+    """Batches of a dataset. Each ``for`` loop over it is one epoch: every sample exactly once, then the next epoch.
+
+    The dataset's reads and transforms run on a thread; they should not share mutable state with the training loop.
+    Leaving a loop early ends that epoch: the next loop starts the next one. Only after `load_state_dict` does a loop
+    start in the middle of an epoch.
+
+    Arguments:
+        dataset: an ArrayDataset, or anything with ``len()`` and ``[i]`` (see Dataset).
+        batch_size: samples in a batch; the last batch of an epoch may be smaller.
+        shuffle: a new order each epoch, or the dataset's own.
+        drop_last: leave the smaller last batch out (with ``shuffle``, other samples each epoch).
+        seed: of the order.
+        prefetch: how many batches a thread prepares ahead; 0 prepares each batch when it is asked for.
+        device: where the Tensors go; None is the default device.
+        to_tensor: False gives NumPy arrays.
+
+    Raises:
+        ValueError, TypeError: bad settings, among them a batch size that with ``drop_last`` leaves no batch.
+        DataError: an empty dataset.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int = 1,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        prefetch: int = 2,
+        device: Any = None,
+        to_tensor: bool = True,
+    ) -> None:
+        if isinstance(dataset, (tuple, np.ndarray)) or not hasattr(dataset, "__getitem__"):
+            raise TypeError(f"DataLoader takes a dataset, such as ArrayDataset(inputs, targets), not {_kind(dataset)}")
+        self.dataset = dataset
+        self.batch_size = _integer("batch_size", batch_size, at_least=1)
+        self.shuffle = bool(shuffle)
+        self.drop_last = bool(drop_last)
+        self.seed = _integer("seed", seed, at_least=0)
+        self.prefetch = _integer("prefetch", prefetch, at_least=0)
+        self.device = device
+        self.to_tensor = bool(to_tensor)
+        self._num_samples = len(dataset)
+        if self._num_samples == 0:
+            raise DataError("the dataset is empty: there is no batch to load")
+        if len(self) == 0:
+            raise ValueError(
+                f"batch_size {self.batch_size} with drop_last=True gives no batch from {self._num_samples} samples; "
+                f"use a batch_size of at most {self._num_samples}, or drop_last=False"
+            )
+        self._epoch = 0
+        self._position = 0  # batches of this epoch that the consumer received
+        self._resume = False  # the next loop continues at `position` instead of starting an epoch
+        self._current: object = None  # identity of the loop that moves the state: the latest one
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        full, rest = divmod(self._num_samples, self.batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the dataset."""
+        return self._num_samples
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is under way; between epochs, the one that comes next. Counts from 0."""
+        return self._epoch
+
+    @property
+    def position(self) -> int:
+        """How many batches of this epoch were handed out."""
+        return self._position
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The distinct sizes of an epoch's batches, largest first: one or two numbers."""
+        full, rest = divmod(self._num_samples, self.batch_size)
+        partial = (rest,) if rest and not self.drop_last else ()
+        return ((self.batch_size,) if full else ()) + partial
+
+    def spec(self, batch_size: int | None = None) -> tuple[Spec, ...]:
+        """Shape and dtype of each field of a batch, by default of an epoch's largest batch."""
+        size = self.batch_sizes[0] if batch_size is None else batch_size
+        one = gather(self.dataset, np.zeros(1, np.int64))
+        return tuple(Spec((size, *field.shape[1:]), as_dtype(field.dtype)) for field in one)
+
+    def order(self, epoch: int) -> Array:
+        """The order in which an epoch visits the samples: an int64 permutation, a pure function of seed and epoch."""
+        if self.shuffle:
+            return permutation(self._num_samples, seed=self.seed, epoch=epoch)
+        return np.arange(self._num_samples, dtype=np.int64)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next loop run this epoch, from its beginning."""
+        self._epoch = _integer("epoch", epoch, at_least=0)
+        self._position, self._resume, self._current = 0, False, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the consumer is: plain numbers, for JSON. Batches that were only prefetched do not count."""
+        state = {"seed": self.seed, "epoch": self._epoch, "position": self._position}
+        return state | {name: getattr(self, name) for name in _SAME}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken: the next loop yields exactly the batches of that epoch that were left.
+
+        A state taken after an epoch's last batch, but before its loop ended, gives an empty loop: that epoch is over.
+
+        Raises:
+            CheckpointError: a state of a loader with another dataset length, batch size, shuffle or drop_last, or not a
+                state at all. Nothing is changed then.
+        """
+        try:
+            seed, epoch, position = (_integer(key, state[key], at_least=0) for key in ("seed", "epoch", "position"))
+            pairs = [(key, state[key], getattr(self, key)) for key in _SAME]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"this is not the state of a DataLoader ({error!r}): {state!r}") from error
+        if changed := [f"{key} was {old}, is {new}" for key, old, new in pairs if old != new]:
+            raise CheckpointError(f"the state belongs to another DataLoader: {'; '.join(changed)}")
+        if position > len(self):
+            raise CheckpointError(f"the state is at batch {position}, but an epoch has {len(self)}")
+        self.seed, self._epoch, self._position = seed, epoch, position
+        self._resume, self._current = True, None
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        if self._position and not self._resume:  # the last loop was left early
+            self._epoch, self._position = self._epoch + 1, 0
+        self._resume = False
+        return _Loop(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled or copied loader goes on where this one is.
+        return self.__dict__ | {"_resume": True, "_current": None}
+
+    def __repr__(self) -> str:
+        return (
+            f"DataLoader({self._num_samples:,} samples in {len(self):,} batches of {self.batch_size}, "
+            f"shuffle={self.shuffle}, drop_last={self.drop_last}, seed={self.seed}, prefetch={self.prefetch})"
+        )
+
+
+class _Pass:
+    """The batches of one epoch as a function of their position: all that the prefetch thread knows."""
+
+    def __init__(self, dataset: Dataset, order: Array, batch_size: int) -> None:
+        self._dataset, self._order, self._batch_size = dataset, order, batch_size
+
+    def batch(self, position: int) -> tuple[Array, ...]:
+        start = position * self._batch_size
+        try:
+            return gather(self._dataset, self._order[start : start + self._batch_size])
+        except StopIteration as error:  # would end the consumer's loop as if the epoch were over
+            raise RuntimeError("the dataset or its transform raised StopIteration") from error
+
+
+class _Loop(Iterator[tuple[Any, ...]]):
+    """One loop over one epoch, from the loader's position on."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader, self._epoch, self._position = loader, loader.epoch, loader.position
+        self._stop, self._depth = len(loader), loader.prefetch
+        self._device, self._to_tensor = loader.device, loader.to_tensor
+        self._pass = _Pass(loader.dataset, loader.order(loader.epoch), loader.batch_size)
+        self._worker: Prefetcher[tuple[Array, ...]] | None = None
+        self._process = os.getpid()
+        self._token = loader._current = object()
+
+    def __next__(self) -> tuple[Any, ...]:
+        if self._position >= self._stop:
+            self.close()
+            self._tell(self._epoch + 1, 0)
+            self._token = object()  # told once
+            raise StopIteration
+        try:
+            batch: tuple[Any, ...] = self._fetch()
+            if self._to_tensor:
+                batch = tuple(asarray(field, device=self._device) for field in batch)
+        except BaseException:
+            # Whatever happened, Ctrl-C included, this batch was not received: the next call prepares it again.
+            self.close()
+            raise
+        self._position += 1
+        self._tell(self._epoch, self._position)
+        return batch
+
+    def _fetch(self) -> tuple[Array, ...]:
+        if self._depth == 0:
+            return self._pass.batch(self._position)
+        if self._worker is None or self._process != os.getpid():  # threads do not survive a fork
+            self._worker = Prefetcher(self._pass.batch, range(self._position, self._stop), self._depth)
+            self._process = os.getpid()
+        return self._worker.get()
+
+    def _tell(self, epoch: int, position: int) -> None:
+        if self._loader._current is self._token:  # a newer loop or a loaded state has taken over otherwise
+            self._loader._epoch, self._loader._position = epoch, position
+
+    def close(self) -> None:
+        """Stop the prefetch thread; a later call of ``next`` would start another."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+
+def _integer(name: str, value: Any, at_least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is an integer, not {_kind(value)}: {value!r}")
+    if number < at_least:
+        raise ValueError(f"{name} is at least {at_least}, not {number}")
+    return number
+
+
+def _kind(value: Any) -> str:
+    return "a " + type(value).__name__

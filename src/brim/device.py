@@ -1,0 +1,111 @@
+"""Devices: ``brim.device("cpu")``, and the discovery of the backends that serve them.
+
+A backend is a package with an entry point in the group ``brim.backends``; nothing here knows CuPy or NumPy.
+"""
+
+from __future__ import annotations
+
+import threading
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from brim.backend import Backend
+from brim.errors import DeviceError
+from brim.memory.guard import DeviceMemory
+
+__all__ = ["Device", "available_backends", "default_device", "device", "set_default_device"]
+
+_devices: dict[tuple[str, int], Device] = {}
+_backends: dict[str, Backend] = {}
+_lock = threading.RLock()
+_default = "cpu"
+
+META = "meta"
+"""Device of tensors that have a spec and no memory: building a model on it costs nothing."""
+
+
+class Device:
+    """A place where tensors live. Two equal names are one object.
+
+    Attributes:
+        kind: "cpu", "cuda" or what a third party registered; "meta" for tensors without memory.
+        index: number of the device of that kind.
+        backend: kernels and raw memory.
+        memory: budget, pool and ledger.
+    """
+
+    __slots__ = ("backend", "index", "kind", "memory", "name")
+
+    def __init__(self, kind: str, index: int, backend: Backend | None) -> None:
+        self.kind, self.index = kind, index
+        self.name = kind if kind in ("cpu", META) else f"{kind}:{index}"
+        self.backend: Backend = backend  # type: ignore[assignment]  # meta tensors never reach a kernel
+        self.memory: DeviceMemory = None if backend is None else DeviceMemory(self.name, backend, index)  # type: ignore[assignment]
+
+    @property
+    def is_meta(self) -> bool:
+        return self.kind == META
+
+    def __repr__(self) -> str:
+        return f"device({self.name!r})"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return device, (self.name,)
+
+
+def available_backends() -> dict[str, EntryPoint]:
+    """Entry points of all installed backends by device kind; none of them is loaded."""
+    return {entry.name: entry for entry in entry_points(group="brim.backends")}
+
+
+def _load(kind: str) -> Backend:
+    if kind not in _backends:
+        entries = available_backends()
+        if kind not in entries:
+            known = ", ".join(sorted(entries)) or "none: is brim installed (pip install .)?"
+            hint = "; this version of brim has no CUDA backend yet, use device='cpu'" if kind == "cuda" else ""
+            raise DeviceError(f"no backend is installed for device {kind!r} (installed: {known}){hint}")
+        _backends[kind] = entries[kind].load()()
+    return _backends[kind]
+
+
+def device(name: str | Device | None = None) -> Device:
+    """The device of a name such as "cpu", "cuda" or "cuda:1"; None gives the default device.
+
+    Raises:
+        DeviceError: no such backend, no such index, or exactly what the backend lacks on this machine.
+    """
+    if isinstance(name, Device):
+        return name
+    name = _default if name is None else name
+    if not isinstance(name, str):
+        raise DeviceError(f"a device is named by a string such as 'cpu' or 'cuda:0', got {name!r}")
+    kind, colon, digits = name.partition(":")
+    if colon and not digits.isdecimal():
+        raise DeviceError(f"device {name!r}: the part after ':' is a number, as in '{kind}:0'")
+    index = int(digits) if digits else 0
+    with _lock:
+        found = _devices.get((kind, index))
+        if found is None:
+            backend = None
+            if kind != META:
+                backend = _load(kind)
+                count = backend.count()
+                if index >= count:
+                    raise DeviceError(f"device {name!r} does not exist: there are {count} ({kind}:0 to {kind}:{count - 1})")
+            found = _devices[kind, index] = Device(kind, index, backend)
+        return found
+
+
+def default_device() -> Device:
+    """The device of tensors that are made without naming one: "cpu" until ``set_default_device``."""
+    return device(_default)
+
+
+def set_default_device(name: str | Device) -> None:
+    """Make tensors on this device unless told otherwise. Raises DeviceError if it is not there."""
+    global _default
+    _default = device(name).name

@@ -1,0 +1,235 @@
+"""The eager interpreter: runs an op at once. Allocates the outputs from the device's pool, runs the kernel, records the tape.
+
+What an op needs on certain specs (output specs, kernel, scratch) is worked out once and kept; a call is then one
+dictionary look-up, the allocation and the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from brim.autograd import record
+from brim.backend import BoundKernel
+from brim.context import context, set_grad_enabled
+from brim.device import META, Device, device
+from brim.errors import DeviceError, DTypeError, ShapeError
+from brim.op import Op, set_eager_interpreter
+from brim.spec import Scalar, Spec, as_dtype
+from brim.tensor import Tensor, empty, from_host
+
+__all__ = ["Eager"]
+
+_SCALARS = (bool, int, float, complex)
+_KEPT_PLANS = 8192
+
+
+class _Plan:
+    """What one op does on one combination of specs."""
+
+    __slots__ = ("copies", "kernel", "out_specs", "view_offset")
+
+    def __init__(self, out_specs: tuple[Spec, ...], kernel: BoundKernel | None, view_offset: int | None) -> None:
+        self.out_specs, self.kernel, self.view_offset = out_specs, kernel, view_offset
+        self.copies = kernel is not None and any(kernel.contiguous)
+
+
+class Eager:
+    """Interpreter of ops that are run at once."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, _Plan] = {}
+        self._inferred: dict[Any, tuple[Spec, ...]] = {}
+
+    def apply(self, op: Op, args: tuple[Any, ...], params: dict[str, Any], out: Any) -> Any:
+        """Run ``op``; see ``Op.__call__`` and ``Op.into``."""
+        if op.arity is None:
+            args = tuple(args[0]) if len(args) == 1 and isinstance(args[0], list | tuple) else args
+        elif len(args) != op.arity:
+            raise TypeError(f"{op.name} takes {op.arity} inputs, got {len(args)}")
+        place, wants_grad, key = None, False, [op]
+        for arg in args:
+            if isinstance(arg, Tensor):
+                if place is None:
+                    place = arg.device
+                elif arg.device is not place:
+                    raise _device_mismatch(op, args)
+                wants_grad |= arg.requires_grad
+                key.append(arg.spec)
+            elif type(arg) in _SCALARS:
+                key.append(type(arg))
+            else:
+                return self.apply(op, _as_operands(op, args), params, out)
+        if place is None:
+            place = device()
+        key.append(place.kind)
+        key.extend(params.items())
+        cache_key = tuple(key)
+        plan = self._plans.get(cache_key)
+        if plan is None:
+            plan = self._plan(op, args, params, place)
+            if len(self._plans) >= _KEPT_PLANS:
+                self._plans.clear()
+            self._plans[cache_key] = plan
+        recording = wants_grad and context.grad_enabled
+        if plan.view_offset is not None:
+            outputs = (self._view(plan, args[0]),)
+        elif plan.kernel is not None or place.is_meta:
+            outputs = self._run(op, plan, args, params, place, out)
+        elif op.vjp is None and out is None:
+            return op.body(*args, **params)  # type: ignore[misc]  # its own ops record themselves
+        else:
+            outputs = self._run_body(op, args, params, out)
+        if recording and op.vjp is not None:
+            record(op, params, args, outputs)
+        return outputs[0] if op.outputs == 1 else outputs
+
+    def infer(self, op: Op, ins: Sequence[Spec | Scalar], params: dict[str, Any]) -> tuple[Spec, ...]:
+        """Output specs of a composite: its body is run on tensors without memory."""
+        key = (op, *(i if isinstance(i, Spec) else type(i) for i in ins), *params.items())
+        found = self._inferred.get(key)
+        if found is None:
+            meta = device(META)
+            args = [Tensor(i, meta) if isinstance(i, Spec) else i for i in ins]
+            with set_grad_enabled(False):
+                outputs = op.body(*args, **params)  # type: ignore[misc]
+            found = tuple(o.spec for o in (outputs if op.outputs > 1 else (outputs,)))
+            if len(self._inferred) >= _KEPT_PLANS:
+                self._inferred.clear()
+            self._inferred[key] = found
+        return found
+
+    def _plan(self, op: Op, args: Sequence[Any], params: dict[str, Any], place: Device) -> _Plan:
+        ins = [arg.spec if isinstance(arg, Tensor) else arg for arg in args]
+        if op.kind == "view":
+            assert op.view_rule is not None
+            found = op.view_rule(ins[0], **params)
+            if found is not None:
+                return _Plan((found[0],), None, found[1])
+            spec, offset = op.view_rule(Spec(ins[0].shape, ins[0].dtype), **params)
+            plan = _Plan((spec,), None, offset)
+            plan.copies = True
+            return plan
+        if place.is_meta:
+            return _Plan(tuple(Spec(s.shape, s.dtype) for s in op.infer(ins, params)), None, None)
+        kernel = None
+        if op.kind != "composite":
+            out_specs = op.infer(ins, params)
+            try:
+                kernel = place.backend.bind(op, ins, out_specs, params)
+            except KeyError:
+                raise DeviceError(
+                    f"the {place.kind} backend has no kernel for {op.name}; run it with device='cpu'"
+                ) from None
+            return _Plan(out_specs, kernel, None)
+        try:
+            out_specs = op.infer(ins, params)
+            kernel = place.backend.bind(op, ins, out_specs, params)
+        except KeyError:
+            return _Plan((), None, None)
+        return _Plan(out_specs, kernel, None)
+
+    def _view(self, plan: _Plan, x: Tensor) -> Tensor:
+        if plan.copies:
+            x = x.copy()
+        assert plan.view_offset is not None
+        return Tensor(plan.out_specs[0], x.device, x._block, x.offset + plan.view_offset)
+
+    def _run(
+        self, op: Op, plan: _Plan, args: Sequence[Any], params: dict[str, Any], place: Device, out: Any
+    ) -> tuple[Tensor, ...]:
+        given = () if out is None else out if isinstance(out, tuple) else (out,)
+        if given:
+            _check_out(op, plan.out_specs, given, args)
+        kernel = plan.kernel
+        outputs = tuple(
+            given[i] if given and given[i] is not None and _writable_directly(plan, given[i], args)
+            else empty(spec.shape, dtype=spec.dtype, device=place, op=op.name)
+            for i, spec in enumerate(plan.out_specs)
+        )
+        if kernel is None:
+            return outputs
+        if plan.copies:
+            args = [
+                arg.copy() if need and isinstance(arg, Tensor) and not arg.spec.contiguous else arg
+                for arg, need in zip(args, kernel.contiguous, strict=False)
+            ] + list(args[len(kernel.contiguous) :])
+        arrays = [arg.array if isinstance(arg, Tensor) else arg for arg in args]
+        scratch = None
+        if kernel.scratch_bytes or kernel.library_bytes:
+            block = place.memory.allocate(kernel.scratch_bytes + kernel.library_bytes, "workspace", op.name)
+            scratch = place.backend.view(block.buffer, block.offset_bytes, Spec((kernel.scratch_bytes,), np.dtype("u1")))
+        target = outputs[0].array if op.outputs == 1 else tuple(o.array for o in outputs)
+        kernel.run(target, *arrays, scratch=scratch, **params)
+        if given:
+            outputs = tuple(_deliver(made, want) for made, want in zip(outputs, given, strict=True))
+        return outputs
+
+    def _run_body(self, op: Op, args: Sequence[Any], params: dict[str, Any], out: Any) -> tuple[Tensor, ...]:
+        with set_grad_enabled(False):
+            result = op.body(*args, **params)  # type: ignore[misc]
+        outputs = result if op.outputs > 1 else (result,)
+        if out is None:
+            return tuple(o.detach() if any(o is a for a in args) else o for o in outputs)
+        given = out if isinstance(out, tuple) else (out,)
+        _check_out(op, tuple(o.spec for o in outputs), given, args)
+        return tuple(_deliver(made, want) for made, want in zip(outputs, given, strict=True))
+
+
+def _deliver(made: Tensor, want: Tensor | None) -> Tensor:
+    if want is None or made is want:
+        if want is not None:
+            want.bump_version()
+        return made
+    want.write(made)
+    return want
+
+
+def _writable_directly(plan: _Plan, target: Tensor, args: Sequence[Any]) -> bool:
+    """True when a kernel may write into ``target``: it is no input, or the kernel allows the same elements in place."""
+    for arg in args:
+        if isinstance(arg, Tensor) and arg._block is target._block and arg._block is not None:
+            same = arg.spec == target.spec and arg.offset == target.offset
+            if not (same and plan.kernel is not None and plan.kernel.aliasing):
+                return False
+    return True
+
+
+def _check_out(op: Op, specs: Sequence[Spec], given: Sequence[Tensor | None], args: Sequence[Any]) -> None:
+    if len(given) != len(specs):
+        raise ShapeError(f"{op.name} has {len(specs)} outputs, got {len(given)} tensors to write into")
+    for spec, target in zip(specs, given, strict=True):
+        if target is not None and (target.shape != spec.shape or target.dtype != spec.dtype):
+            raise ShapeError(f"{op.name} gives {Spec(spec.shape, spec.dtype)}, cannot be written into {target.spec}")
+
+
+def _as_operands(op: Op, args: Sequence[Any]) -> tuple[Any, ...]:
+    """Turn NumPy arrays and scalars among the inputs into tensors on the device of the others, and Python scalars."""
+    place = next((a.device for a in args if isinstance(a, Tensor)), None)
+    out: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Tensor) or type(arg) in _SCALARS:
+            out.append(arg)
+        elif isinstance(arg, np.generic):
+            out.append(arg.item() if type(arg.item()) in _SCALARS else from_host(np.asarray(arg), place))
+        elif isinstance(arg, np.ndarray):
+            as_dtype(arg.dtype)
+            out.append(from_host(arg, place))
+        elif isinstance(arg, int | float):  # bool, int and float subclasses: a scheduled learning rate, an enum
+            out.append(bool(arg) if isinstance(arg, bool) else int(arg) if isinstance(arg, int) else float(arg))
+        else:
+            raise DTypeError(
+                f"{op.name} works on brim tensors, NumPy arrays and Python numbers, got {type(arg).__name__}; "
+                "make a tensor with brim.asarray(...)"
+            )
+    return tuple(out)
+
+
+def _device_mismatch(op: Op, args: Sequence[Any]) -> DeviceError:
+    places = " and ".join(dict.fromkeys(str(a.device) for a in args if isinstance(a, Tensor)))
+    return DeviceError(f"{op.name} got tensors on {places}; move them to one device with x.to(device)")
+
+
+set_eager_interpreter(Eager())
