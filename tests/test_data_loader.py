@@ -323,7 +323,7 @@ class TestEpochs:
         count=st.integers(1, 60),
         batch_size=st.integers(1, 20),
         shuffle=st.booleans(),
-        seed=st.integers(0, 2**63),
+        seed=st.integers(0, 2**64 - 1),
         prefetch=st.integers(0, 3),
     )
     @settings(max_examples=60)
@@ -412,6 +412,7 @@ class TestEpochs:
             ({"batch_size": 2.0}, TypeError, "batch_size is an integer, not a float"),
             ({"batch_size": True}, TypeError, "batch_size is an integer"),
             ({"batch_size": 1, "seed": -1}, ValueError, "seed is at least 0"),
+            ({"batch_size": 1, "seed": 2**64}, ValueError, r"seed is at most 2\*\*64 - 1"),
             ({"batch_size": 1, "seed": "0"}, TypeError, "seed is an integer"),
             ({"batch_size": 1, "prefetch": -1}, ValueError, "prefetch is at least 0"),
             (

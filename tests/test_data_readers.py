@@ -39,7 +39,7 @@ from brim.errors import DataError, DTypeError
 Array = np.ndarray[Any, Any]
 
 IDX_CODES = {"uint8": 8, "int8": 9, "int16": 0x0B, "int32": 0x0C, "float32": 0x0D, "float64": 0x0E}
-DIGITS_TEST_SHA256 = "6e132b1795cda0b4465a92c8f491075817f7cc63e00b4e3ecde9fcf4bced7844"
+DIGITS_TEST_SHA256 = "136d1006e318e16300b8f3d992d416748d9a7dd93eb434946863d7d16ff474d1"
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 needs_pooch = pytest.mark.skipif(importlib.util.find_spec("pooch") is None, reason="pooch not installed")

@@ -14,10 +14,16 @@ __all__ = ["ERF_REGISTERS", "erf"]
 
 Array = np.ndarray[Any, Any]
 
-ERF_REGISTERS = 4
+ERF_REGISTERS = 5
 
 # |x| <= 0.46875: erf(x) = x P(x^2) / Q(x^2)
-_P1 = (3.20937758913846947e03, 3.77485237685302021e02, 1.13864154151050156e02, 3.16112374387056560e00, 1.85777706184603153e-1)
+_P1 = (
+    3.20937758913846947e03,
+    3.77485237685302021e02,
+    1.13864154151050156e02,
+    3.16112374387056560e00,
+    1.85777706184603153e-1,
+)
 _Q1 = (2.84423683343917062e03, 1.28261652607737228e03, 2.44024637934444173e02, 2.36012909523441209e01, 1.0)
 # 0.46875 < |x| <= 4: erfc(x) = exp(-x^2) P(x) / Q(x)
 _P2 = (
@@ -54,24 +60,26 @@ def _polynomial(out: Array, x: Array, coefficients: tuple[float, ...]) -> None:
 
 
 def erf(x: Any, out: Array, registers: list[Array]) -> None:
-    """``out = erf(x)``; ``registers`` are four arrays like ``out``."""
-    size, top, bottom, t = registers
-    one = out.dtype.type(1)
+    """``out = erf(x)``; ``registers`` are five arrays like ``out``. NaN stays NaN."""
+    size, top, bottom, near, mask = registers
+    kind = out.dtype.type
     np.absolute(x, out=size)
-    np.minimum(size, out.dtype.type(_FLAT[out.dtype.itemsize]), out=size)
+    np.minimum(size, kind(_FLAT[out.dtype.itemsize]), out=size)
     _polynomial(top, size, _P2)
     _polynomial(bottom, size, _Q2)
     np.divide(top, bottom, out=top)
-    np.square(size, out=bottom)
-    np.negative(bottom, out=t)
-    np.exp(t, out=t)
-    np.multiply(top, t, out=top)
-    np.subtract(one, top, out=top)  # erf(|x|) beyond the split
-    # bottom still holds x^2; below the split cancellation would cost digits, so another quotient is used there
-    np.minimum(bottom, out.dtype.type(_SPLIT * _SPLIT), out=bottom)
-    _polynomial(t, bottom, _P1)
-    np.multiply(t, size, out=t)
-    # One more register would be needed for the second polynomial: evaluate it into ``size``'s place after a select.
-    large = np.greater(size, out.dtype.type(_SPLIT), out=size)
-    np.copyto(t, top, where=large.astype(bool))
-    np.copysign(t, x, out=out)
+    np.square(size, out=mask)
+    np.negative(mask, out=near)
+    np.exp(near, out=near)
+    np.multiply(top, near, out=top)
+    np.subtract(kind(1), top, out=top)  # erf(|x|) beyond the split
+    # Below the split 1 - erfc(x) would cancel digits, so another quotient is taken there.
+    np.minimum(mask, kind(_SPLIT * _SPLIT), out=mask)
+    _polynomial(near, mask, _P1)
+    _polynomial(bottom, mask, _Q1)
+    np.divide(near, bottom, out=near)
+    np.multiply(near, size, out=near)
+    flags = mask.view(np.bool_)[..., : mask.shape[-1]] if mask.ndim else mask.view(np.bool_)
+    np.greater(size, kind(_SPLIT), out=flags)
+    np.copyto(near, top, where=flags)
+    np.copysign(near, x, out=out)

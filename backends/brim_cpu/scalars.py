@@ -95,7 +95,7 @@ def _where(condition: Any, x: Any, y: Any, out: Array) -> None:
 
 def _rsqrt(x: Any, out: Array) -> None:
     np.sqrt(x, out=out)
-    np.reciprocal(out, out=out)
+    np.divide(out.dtype.type(1), out, out=out)
 
 
 _INTEGER_SAFE = {"floor", "ceil", "trunc", "round"}

@@ -65,7 +65,18 @@ class _Saved:
 class Node:
     """One recorded op on the tape."""
 
-    __slots__ = ("__weakref__", "inputs", "layer", "n_outputs", "op", "out_specs", "params", "parents", "saved", "sequence")
+    __slots__ = (
+        "__weakref__",
+        "inputs",
+        "layer",
+        "n_outputs",
+        "op",
+        "out_specs",
+        "params",
+        "parents",
+        "saved",
+        "sequence",
+    )
 
     def __init__(self, op: Op, params: dict[str, Any], args: Sequence[Any], outputs: Sequence[Any]) -> None:
         self.op, self.params = op, params
@@ -80,7 +91,10 @@ class Node:
         kept_in = [
             _Saved(arg, None) if keep and hasattr(arg, "spec") else None for keep, arg in zip(keeps, args, strict=True)
         ]
-        kept_out = [_Saved(out, i) if keep else None for i, (keep, out) in enumerate(zip(op.keeps_outputs, outputs, strict=True))]
+        kept_out = [
+            _Saved(out, i) if keep else None
+            for i, (keep, out) in enumerate(zip(op.keeps_outputs, outputs, strict=True))
+        ]
         for kept in (*kept_in, *kept_out):
             if kept is not None:
                 kept.tensor.mark_saved()
@@ -94,9 +108,7 @@ class Node:
                 "pass retain_graph=True to the first call to walk the same results twice"
             )
         kept_in, kept_out = self.saved
-        ins: Any = [
-            spec if kept is None else kept.get(self) for kept, spec in zip(kept_in, self.inputs, strict=True)
-        ]
+        ins: Any = [spec if kept is None else kept.get(self) for kept, spec in zip(kept_in, self.inputs, strict=True)]
         outs = [spec if kept is None else kept.get(self) for kept, spec in zip(kept_out, self.out_specs, strict=True)]
         if self.op.arity is None:
             ins = [tuple(ins)]
@@ -104,7 +116,9 @@ class Node:
         result = self.op.vjp(*grads, *ins, *outs, **self.params)
         found = list(result) if isinstance(result, tuple | list) else [result]
         if len(found) != len(self.parents):
-            raise AssertionError(f"gradient of {self.op.name} returned {len(found)} entries for {len(self.parents)} inputs")
+            raise AssertionError(
+                f"gradient of {self.op.name} returned {len(found)} entries for {len(self.parents)} inputs"
+            )
         out: list[Any] = []
         for entry, parent, spec in zip(found, self.parents, self.inputs, strict=True):
             if parent is None or entry is None:
@@ -205,7 +219,9 @@ def _seed(output: Any, gradient: Any) -> Any:
     return gradient
 
 
-def backward(output: Any, gradient: Any = None, *, create_graph: bool = False, retain_graph: bool | None = None) -> None:
+def backward(
+    output: Any, gradient: Any = None, *, create_graph: bool = False, retain_graph: bool | None = None
+) -> None:
     """Add the gradient of ``output`` to ``.grad`` of every leaf that it depends on.
 
     Arguments:
@@ -286,4 +302,3 @@ def grad(
                 "pass allow_unused=True to get None for it"
             )
     return results[0] if single else tuple(results)
-

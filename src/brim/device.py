@@ -95,7 +95,9 @@ def device(name: str | Device | None = None) -> Device:
                 backend = _load(kind)
                 count = backend.count()
                 if index >= count:
-                    raise DeviceError(f"device {name!r} does not exist: there are {count} ({kind}:0 to {kind}:{count - 1})")
+                    raise DeviceError(
+                        f"device {name!r} does not exist: there are {count} ({kind}:0 to {kind}:{count - 1})"
+                    )
             found = _devices[kind, index] = Device(kind, index, backend)
         return found
 

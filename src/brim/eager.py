@@ -145,7 +145,8 @@ class Eager:
             _check_out(op, plan.out_specs, given, args)
         kernel = plan.kernel
         outputs = tuple(
-            given[i] if given and given[i] is not None and _writable_directly(plan, given[i], args)
+            given[i]
+            if given and given[i] is not None and _writable_directly(plan, given[i], args)
             else empty(spec.shape, dtype=spec.dtype, device=place, op=op.name)
             for i, spec in enumerate(plan.out_specs)
         )
@@ -160,7 +161,9 @@ class Eager:
         scratch = None
         if kernel.scratch_bytes or kernel.library_bytes:
             block = place.memory.allocate(kernel.scratch_bytes + kernel.library_bytes, "workspace", op.name)
-            scratch = place.backend.view(block.buffer, block.offset_bytes, Spec((kernel.scratch_bytes,), np.dtype("u1")))
+            scratch = place.backend.view(
+                block.buffer, block.offset_bytes, Spec((kernel.scratch_bytes,), np.dtype("u1"))
+            )
         target = outputs[0].array if op.outputs == 1 else tuple(o.array for o in outputs)
         kernel.run(target, *arrays, scratch=scratch, **params)
         if given:

@@ -57,6 +57,7 @@ class Op:
         name: unique; backends register kernels under it.
         kind: "elementwise", "primitive", "view" or "composite".
         arity: number of inputs, or None when it varies (concat).
+        doc: one sentence for the table of ops.
         outputs: number of outputs; the last ``aux`` of them carry no gradient.
         vjp: the gradient (see the module's docstring), or None.
         formula: the expression tree of an elementwise op.
@@ -65,12 +66,12 @@ class Op:
     """
 
     __slots__ = (
-        "__doc__",
         "_rule",
         "accepts",
         "arity",
         "aux",
         "body",
+        "doc",
         "formula",
         "keeps_inputs",
         "keeps_outputs",
@@ -106,7 +107,7 @@ class Op:
         self.name, self.kind, self.arity, self.outputs, self.aux = name, kind, arity, outputs, aux
         self._rule, self.vjp, self.formula, self.body, self.view_rule = rule, vjp, formula, body, view_rule
         self.accepts, self.returns, self.promoted = accepts, returns, promoted
-        self.__doc__ = doc
+        self.doc = (doc or "").strip().partition("\n")[0]
         self.keeps_inputs, self.keeps_outputs = _kept(name, vjp, arity, outputs, aux)
         REGISTRY[name] = self
 

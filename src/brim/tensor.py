@@ -18,6 +18,7 @@ from brim.device import device as find_device
 from brim.errors import DeviceError, DTypeError, ShapeError
 from brim.interop import Export, from_dlpack_array
 from brim.memory.pool import Block
+from brim.op import Op
 from brim.spec import Spec, as_dtype, as_shape, default_float, is_float
 from brim.tensor_methods import TensorMethods
 
@@ -35,7 +36,18 @@ class Tensor(TensorMethods):
         grad: its gradient after ``backward`` (leaves only), else None.
     """
 
-    __slots__ = ("__weakref__", "_array", "_block", "_index", "_node", "_requires_grad", "device", "grad", "offset", "spec")
+    __slots__ = (
+        "__weakref__",
+        "_array",
+        "_block",
+        "_index",
+        "_node",
+        "_requires_grad",
+        "device",
+        "grad",
+        "offset",
+        "spec",
+    )
 
     def __init__(self, spec: Spec, device: Device, block: Block | None = None, offset: int = 0) -> None:
         self.spec, self.device, self._block, self.offset = spec, device, block, offset
@@ -165,6 +177,10 @@ class Tensor(TensorMethods):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         ops.set_item(self, index, value)
+
+    def ones_like(self) -> Tensor:
+        """Ones of this shape, dtype and device."""
+        return empty(self.shape, dtype=self.dtype, device=self.device, op="ones_like").fill_(1)
 
     # ---------------------------------------------------------------- leaving brim
 
@@ -306,13 +322,26 @@ def from_host(host: np.ndarray[Any, Any], place: Any = None, category: str | Non
     return out
 
 
+_transfer = Op(
+    "transfer",
+    "primitive",
+    arity=1,
+    rule=lambda x, *, source: Spec(x.shape, x.dtype),
+    vjp=lambda g, _x, _out, *, source: move(g, source),
+    doc="the same values on another device",
+)
+
+
 def move(x: Tensor, place: Device) -> Tensor:
     """The tensor on another device; itself when it is there already."""
     if x.device is place:
         return x
     if place.is_meta:
         return empty(x.shape, dtype=x.dtype, device=place)
-    return ops.transfer(x, from_host, place)
+    out = from_host(x.detach().numpy(), place, "temps")
+    if x.requires_grad and context.grad_enabled:
+        autograd.record(_transfer, {"source": x.device}, [x], [out])
+    return out
 
 
 def asarray(obj: Any, *, dtype: Any = None, device: Any = None, copy: bool | None = None) -> Tensor:

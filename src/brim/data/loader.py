@@ -242,6 +242,8 @@ def _integer(name: str, value: Any, at_least: int) -> int:
         raise TypeError(f"{name} is an integer, not {_kind(value)}: {value!r}")
     if number < at_least:
         raise ValueError(f"{name} is at least {at_least}, not {number}")
+    if number >= 2**64:  # seeds and epochs are words of the generator
+        raise ValueError(f"{name} is at most 2**64 - 1, not {number}")
     return number
 
 

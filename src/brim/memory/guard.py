@@ -20,7 +20,7 @@ from brim.memory.budget import Budget, BudgetLike, budget_for, budget_from_envir
 from brim.memory.host import read_host_memory
 from brim.memory.ledger import BlockRecord, Ledger, user_site
 from brim.memory.pool import Block, Pool, Refusal
-from brim.memory.report import LiveBlock, MemoryReport, budget_exceeded
+from brim.memory.report import LiveBlock, MemoryReport, budget_exceeded, render
 from brim.spec import Spec
 
 __all__ = ["DeviceMemory", "give_back_on_refusal"]
@@ -152,7 +152,7 @@ class DeviceMemory:
                 total_free_bytes=refusal.total_free_bytes,
                 largest_hole_bytes=refusal.largest_hole_bytes,
                 available_bytes=refusal.limit_bytes if from_host else None,
-                available_text="free on the host without swapping" if from_host else "",
+                available_text=read_host_memory().tightest_available[0] if from_host else "",
                 notes=notes,
             )
         )
@@ -177,6 +177,29 @@ class DeviceMemory:
             else:
                 break
         return list(grouped.values())
+
+    def report_text(self) -> str:
+        """What is held now against the budget, as ``memory/report.py`` prints it."""
+        self.pool.settle()
+        held = self.pool.held_bytes
+        by_kind = {**self.ledger.by_kind, "holes": held - self.ledger.live_bytes}
+        return render(
+            MemoryReport(
+                device=self.name,
+                what="memory",
+                phase="eager",
+                budget_bytes=self.limit_bytes,
+                budget_text=str(self.budget),
+                needed_bytes=held,
+                live_bytes=held,
+                requested_bytes=0,
+                by_kind=by_kind,
+                by_layer=self._by_layer(),
+                largest=self._largest(),
+                total_free_bytes=self.pool.free_bytes,
+                largest_hole_bytes=self.pool.largest_hole_bytes,
+            )
+        )
 
     def stats(self) -> dict[str, Any]:
         """Live, peak, held and limit in bytes, and live bytes by kind (they sum to live plus holes = held)."""

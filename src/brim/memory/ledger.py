@@ -28,7 +28,6 @@ state. Activations: kept for the backward pass. Temps: other live results. Input
 scratch that kernels declared. Rounding: bytes lost to alignment."""
 
 
-
 @dataclass(slots=True, eq=False)
 class BlockRecord:
     """One live block: the numbers and names a report shows. Holds no memory itself."""

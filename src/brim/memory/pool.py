@@ -140,7 +140,7 @@ class Pool:
         """Book memory that somebody else allocated (a user's array); it counts, but is never reused."""
         with self._lock:
             self._drain()
-            self._admit(record.reserved_bytes, record)
+            self._admit(record.reserved_bytes, record, ask_host=False)  # the host has given it already
             self._hold(record.reserved_bytes)
             self.ledger.book(record)
         return Block(self, record, buffer, 0)
@@ -153,14 +153,14 @@ class Pool:
         self.held_bytes += nbytes
         self.peak_held_bytes = max(self.peak_held_bytes, self.held_bytes)
 
-    def _admit(self, nbytes: int, record: BlockRecord) -> None:
+    def _admit(self, nbytes: int, record: BlockRecord, *, ask_host: bool = True) -> None:
         """Make room for ``nbytes`` more to hold, or raise."""
         limit = self._limit()
         if limit is not None and self.held_bytes + nbytes > limit:
             self._trim(self.held_bytes + nbytes - limit)
             if self.held_bytes + nbytes > limit:
                 raise self._refuse(self._refusal(record, limit, "budget"))
-        if nbytes >= self.small_bytes:
+        if ask_host and nbytes >= self.small_bytes:
             available = self._available(nbytes)
             if available is not None and nbytes > available:
                 self._trim(nbytes - available)

@@ -7,10 +7,13 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from brim.errors import ShapeError
-from brim.op import view
+from brim.errors import DTypeError, ShapeError
+from brim.op import primitive, view
 from brim.ops.reduce import sum as _sum
-from brim.spec import Shape, Spec, as_shape, broadcast_shapes, normalize_axis, row_major
+from brim.spec import Scalar, Shape, Spec, as_shape, broadcast_shapes, normalize_axes, normalize_axis, row_major
+
+SliceIndex = tuple[tuple[int, int, int], ...]
+"""For every axis: start, step, count."""
 
 # -------------------------------------------------------------------------------------------------- the four views
 
@@ -73,7 +76,7 @@ def _expand_rule(x: Spec, *, shape: Shape) -> tuple[Spec, int]:
     return _tidy(shape, x.dtype, strides), 0
 
 
-def _slice_rule(x: Spec, *, index: tuple[tuple[int, int, int], ...]) -> tuple[Spec, int]:
+def _slice_rule(x: Spec, *, index: SliceIndex) -> tuple[Spec, int]:
     """``index`` holds (start, step, count) for every axis."""
     offset = sum(start * stride for (start, _, count), stride in zip(index, x.strides, strict=True) if count)
     strides = tuple(step * stride for (_, step, _), stride in zip(index, x.strides, strict=True))
@@ -135,3 +138,103 @@ def sum_to(x: Any, shape: Shape) -> Any:
         lead + i for i, (want, have) in enumerate(zip(shape, x.shape[lead:], strict=True)) if want == 1 and have != 1
     )
     return reshape(_sum(x, axis=axes, keepdims=True, dtype=x.dtype), shape)
+
+
+# ------------------------------------------------------------------------------------------- slices and axes of size 1
+
+
+def _inside(index: SliceIndex, spec: Spec) -> None:
+    if len(index) != spec.ndim:
+        raise ShapeError(f"a slice of shape {spec.shape} needs {spec.ndim} entries, got {len(index)}")
+
+
+def _set_slice_spec(x: Spec | Scalar, values: Spec | Scalar, *, index: SliceIndex, shape: Shape) -> Spec:
+    whole = x if isinstance(x, Spec) else Spec(shape, values.dtype) if isinstance(values, Spec) else None
+    if whole is None:
+        raise DTypeError("set_slice needs at least one tensor")
+    _inside(index, whole)
+    if isinstance(values, Spec):
+        want = (1, *(count for _, _, count in index))
+        if values.shape != want or values.dtype != whole.dtype:
+            raise ShapeError(f"set_slice needs values {Spec(want, whole.dtype)}, got {values}")
+    return Spec(whole.shape, whole.dtype)
+
+
+set_slice = primitive(
+    "set_slice",
+    _set_slice_spec,
+    vjp=lambda g, _x, _values, _out, *, index, shape: (
+        lambda: set_slice(g, 0.0, index=index, shape=shape),
+        lambda: _slice(g, index=index).reshape(_values.shape),
+    ),
+    arity=2,
+    doc="x (or one number everywhere) with values written into a slice; values have a leading axis of size 1",
+)
+"""The transpose of a slice. ``values`` has one axis more than ``x``, so that the two can never share memory in place."""
+
+_slice = view(
+    "slice",
+    _slice_rule,
+    vjp=lambda g, _x, _out, *, index: set_slice(0.0, expand_dims(g, 0), index=index, shape=_x.shape),
+    doc="a view of every step-th element from a start on, for each axis",
+)
+
+
+def slice_axis(x: Any, axis: int, start: int, step: int, count: int) -> Any:
+    """A view of ``count`` elements along one axis: start, start + step, ...; nothing is checked."""
+    index = tuple((start, step, count) if a == axis else (0, 1, dim) for a, dim in enumerate(x.shape))
+    return _slice(x, index=index)
+
+
+def expand_dims(x: Any, axis: int | Sequence[int] = 0) -> Any:
+    """New axes of size 1 at these positions of the result. Raises ShapeError when out of range or named twice."""
+    count = len(axis) if isinstance(axis, Sequence) else 1
+    axes = normalize_axes(axis, x.ndim + count)
+    rest = iter(x.shape)
+    return reshape(x, tuple(1 if a in axes else next(rest) for a in range(x.ndim + count)))
+
+
+def squeeze(x: Any, axis: int | Sequence[int] | None = None) -> Any:
+    """Without these axes, which must have size 1; None drops all axes of size 1."""
+    axes = tuple(a for a, dim in enumerate(x.shape) if dim == 1) if axis is None else normalize_axes(axis, x.ndim)
+    for a in axes:
+        if x.shape[a] != 1:
+            raise ShapeError(f"cannot squeeze axis {a} of shape {x.shape}: its size is {x.shape[a]}, not 1")
+    return reshape(x, tuple(dim for a, dim in enumerate(x.shape) if a not in axes))
+
+
+def flip(x: Any, axis: int | Sequence[int] | None = None) -> Any:
+    """A view with the order along these axes (None: all) turned round."""
+    axes = normalize_axes(axis, x.ndim)
+    return _slice(x, index=tuple((dim - 1, -1, dim) if a in axes else (0, 1, dim) for a, dim in enumerate(x.shape)))
+
+
+def moveaxis(x: Any, source: int | Sequence[int], destination: int | Sequence[int]) -> Any:
+    """A view with some axes moved to other positions; the others keep their order."""
+    given = (source,) if not isinstance(source, Sequence) else tuple(source)
+    wanted = (destination,) if not isinstance(destination, Sequence) else tuple(destination)
+    if len(given) != len(wanted):
+        raise ShapeError(f"moveaxis needs as many destinations as sources, got {given} and {wanted}")
+    normalize_axes(given, x.ndim)  # raises for an axis that is named twice
+    normalize_axes(wanted, x.ndim)
+    moves = {normalize_axis(d, x.ndim): normalize_axis(s, x.ndim) for s, d in zip(given, wanted, strict=True)}
+    rest = iter(a for a in range(x.ndim) if a not in moves.values())
+    return _permute(x, axes=tuple(moves[a] if a in moves else next(rest) for a in range(x.ndim)))
+
+
+def swapaxes(x: Any, axis1: int, axis2: int) -> Any:
+    """A view with two axes exchanged."""
+    order = list(range(x.ndim))
+    a, b = normalize_axis(axis1, x.ndim), normalize_axis(axis2, x.ndim)
+    order[a], order[b] = b, a
+    return _permute(x, axes=tuple(order))
+
+
+def flatten(x: Any, start_axis: int = 0, end_axis: int = -1) -> Any:
+    """The axes from ``start_axis`` to ``end_axis`` (both included) made one."""
+    if x.ndim == 0:
+        return reshape(x, (1,))
+    first, last = normalize_axis(start_axis, x.ndim), normalize_axis(end_axis, x.ndim)
+    if first > last:
+        raise ShapeError(f"flatten needs start_axis <= end_axis, got {start_axis} and {end_axis}")
+    return reshape(x, (*x.shape[:first], math.prod(x.shape[first : last + 1]), *x.shape[last + 1 :]))

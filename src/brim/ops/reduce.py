@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import builtins
+import math
 from typing import Any
 
-from brim.errors import ShapeError
-from brim.op import Op, primitive
-from brim.ops.arithmetic import astype, promote_to_inexact, where
-from brim.spec import DTYPES, Shape, Spec, is_inexact, normalize_axes
+from brim.errors import DTypeError, ShapeError
+from brim.op import Op, composite, primitive
+from brim.ops.arithmetic import astype, log, promote_to_inexact, sqrt, square, where
+from brim.ops.compare import isfinite
+from brim.ops.exponential import exp
+from brim.spec import (
+    DTYPES,
+    Shape,
+    Spec,
+    default_float,
+    is_complex,
+    is_float,
+    is_inexact,
+    normalize_axes,
+    normalize_axis,
+)
 
 
 def _reduced_shape(x: Spec, axes: tuple[int, ...], keepdims: bool) -> Shape:
@@ -26,16 +40,24 @@ def _spread(g: Any, x: Any, axes: tuple[int, ...]) -> Any:
     return g.reshape(kept).broadcast_to(x.shape)
 
 
+def _sum_spec(x: Spec, *, axes: tuple[int, ...], keepdims: bool, wide: bool = False) -> Spec:
+    # wide: the float32 sum of half-width floats as it is, for results that a division brings back into range (mean).
+    dtype = default_float if wide and is_float(x.dtype) and x.dtype.itemsize == 2 else x.dtype
+    return Spec(_reduced_shape(x, axes, keepdims), dtype)
+
+
 _sum = primitive(
     "sum",
-    _same_spec,
-    vjp=lambda g, _x, _out, *, axes, keepdims: _spread(g, _x, axes),
+    _sum_spec,
+    vjp=lambda g, _x, _out, *, axes, keepdims, wide=False: _spread(g, _x, axes),
     doc="sum over axes; float16 and bfloat16 are added up in float32",
 )
 
 
 def _extreme_spec(x: Spec, *, axes: tuple[int, ...], keepdims: bool) -> Spec:
-    if any(x.shape[a] == 0 for a in axes):
+    if is_complex(x.dtype):
+        raise DTypeError(f"complex numbers have no order, so no largest or smallest: {x.dtype}")
+    if builtins.any(x.shape[a] == 0 for a in axes):
         raise ShapeError(f"the extreme over an empty axis is undefined: shape {x.shape}, axes {axes}")
     return _same_spec(x, axes=axes, keepdims=keepdims)
 
@@ -49,6 +71,45 @@ def _extreme_grad(g: Any, x: Any, out: Any, *, axes: tuple[int, ...], keepdims: 
 
 _max = primitive("max", _extreme_spec, vjp=_extreme_grad, doc="largest over axes; NaN if any is NaN")
 _min = primitive("min", _extreme_spec, vjp=_extreme_grad, doc="smallest over axes; NaN if any is NaN")
+
+
+def _prod_grad(g: Any, x: Any, _out: Any, *, axes: tuple[int, ...], keepdims: bool) -> Any:
+    # The product of the others: without zeros all / x; beside one zero only the zero's own entry is not 0.
+    zero = x == 0
+    others = where(zero, 1.0, x)
+    product = _spread(_prod(others, axes=axes, keepdims=keepdims), x, axes)
+    zeros = _spread(_sum(zero.astype("int64"), axes=axes, keepdims=keepdims), x, axes)
+    return _spread(g, x, axes) * where(zeros == 0, product / others, where(zero & (zeros == 1), product, 0.0))
+
+
+def _bool_spec(x: Spec, *, axes: tuple[int, ...], keepdims: bool) -> Spec:
+    return Spec(_reduced_shape(x, axes, keepdims), DTYPES["bool"])
+
+
+def _position_spec(x: Spec, *, axis: int | None, keepdims: bool) -> Spec:
+    axes = tuple(range(x.ndim)) if axis is None else (axis,)
+    return _extreme_spec(x, axes=axes, keepdims=keepdims).with_dtype(DTYPES["int64"])
+
+
+_prod = primitive("prod", _same_spec, vjp=_prod_grad, doc="product over axes")
+_any = primitive("any", _bool_spec, doc="True where any element over the axes is not zero")
+_all = primitive("all", _bool_spec, doc="True where no element over the axes is zero")
+_argmax = primitive("argmax", _position_spec, doc="position of the first largest; of the first NaN where there is one")
+_argmin = primitive("argmin", _position_spec, doc="position of the first smallest; of the first NaN where there is one")
+
+
+def _logsumexp_grad(g: Any, x: Any, out: Any, *, axes: tuple[int, ...], keepdims: bool) -> Any:
+    # exp(x - out) is the softmax; where every x is -inf, so is out, and the gradient is 0 rather than NaN.
+    return _spread(g, x, axes) * exp(x - _spread(where(isfinite(out), out, 0.0), x, axes))
+
+
+@composite("logsumexp", vjp=_logsumexp_grad)
+def _logsumexp(x: Any, *, axes: tuple[int, ...], keepdims: bool) -> Any:
+    """log of the sum of e^x over axes, without overflow"""
+    top = _max(x, axes=axes, keepdims=True)
+    shift = where(isfinite(top), top, 0.0)
+    total = log(_sum(exp(x - shift), axes=axes, keepdims=True)) + shift
+    return total if keepdims else total.reshape(_reduced_shape(x, axes, False))
 
 
 def _reduce(op: Op, x: Any, axis: Any, keepdims: bool) -> Any:
@@ -74,10 +135,13 @@ def mean(x: Any, axis: Any = None, *, keepdims: bool = False) -> Any:
     """Arithmetic mean over axes; integers give float32."""
     x = promote_to_inexact(x)
     axes = normalize_axes(axis, x.ndim)
-    count = 1
-    for a in axes:
-        count *= x.shape[a]
-    return _sum(x, axes=axes, keepdims=bool(keepdims)) * (1.0 / count if count else float("nan"))
+    count = math.prod(x.shape[a] for a in axes)
+    return _divided(_sum(x, axes=axes, keepdims=bool(keepdims), wide=True), count, x)
+
+
+def _divided(total: Any, count: float, x: Any) -> Any:
+    """``total / count`` in the dtype of ``x``; NaN where the count is not positive."""
+    return astype(total * (1.0 / count if count > 0 else float("nan")), x.dtype)
 
 
 def max(x: Any, axis: Any = None, *, keepdims: bool = False) -> Any:
@@ -88,3 +152,65 @@ def max(x: Any, axis: Any = None, *, keepdims: bool = False) -> Any:
 def min(x: Any, axis: Any = None, *, keepdims: bool = False) -> Any:
     """Smallest element over axes. Raises ShapeError over an empty axis."""
     return _reduce(_min, x, axis, keepdims)
+
+
+def prod(x: Any, axis: Any = None, *, dtype: Any = None, keepdims: bool = False) -> Any:
+    """Product over axes; dtypes as in ``sum``. The first gradient is right with zeros among the elements too."""
+    if dtype is not None:
+        x = astype(x, dtype)
+    elif not is_inexact(x.dtype):
+        x = astype(x, DTYPES["uint64"] if x.dtype.kind == "u" else DTYPES["int64"])
+    return _reduce(_prod, x, axis, keepdims)
+
+
+def var(x: Any, axis: Any = None, *, correction: float = 0, keepdims: bool = False) -> Any:
+    """Variance: the sum of squared deviations from the mean, over (count - correction); integers give float32.
+
+    Arguments:
+        correction: 0 for the variance of the values themselves, 1 for the unbiased estimate from a sample.
+            A count no larger than the correction gives NaN.
+    """
+    x = promote_to_inexact(x)
+    axes = normalize_axes(axis, x.ndim)
+    count = math.prod(x.shape[a] for a in axes) - correction
+    total = _sum(square(x - mean(x, axes, keepdims=True)), axes=axes, keepdims=bool(keepdims), wide=True)
+    return _divided(total, count, x)
+
+
+def std(x: Any, axis: Any = None, *, correction: float = 0, keepdims: bool = False) -> Any:
+    """Standard deviation: the square root of ``var``."""
+    return sqrt(var(x, axis, correction=correction, keepdims=keepdims))
+
+
+def any(x: Any, axis: Any = None, *, keepdims: bool = False) -> Any:
+    """True where any element over the axes is not zero (NaN counts as not zero); False over an empty axis."""
+    return _reduce(_any, x, axis, keepdims)
+
+
+def all(x: Any, axis: Any = None, *, keepdims: bool = False) -> Any:
+    """True where no element over the axes is zero; True over an empty axis."""
+    return _reduce(_all, x, axis, keepdims)
+
+
+def argmax(x: Any, axis: int | None = None, *, keepdims: bool = False) -> Any:
+    """Position (int64) of the first largest element along an axis, or in the flattened array when the axis is None.
+
+    Raises:
+        ShapeError: the axis is empty or out of range.
+        DTypeError: complex numbers.
+    """
+    return _argmax(x, axis=None if axis is None else normalize_axis(axis, x.ndim), keepdims=bool(keepdims))
+
+
+def argmin(x: Any, axis: int | None = None, *, keepdims: bool = False) -> Any:
+    """Position (int64) of the first smallest element; see ``argmax``."""
+    return _argmin(x, axis=None if axis is None else normalize_axis(axis, x.ndim), keepdims=bool(keepdims))
+
+
+def logsumexp(x: Any, axis: Any = None, *, keepdims: bool = False) -> Any:
+    """log of the sum of e^x over axes, without overflow; -inf where every element is. Integers give float32.
+
+    Raises:
+        ShapeError: an axis is empty.
+    """
+    return _reduce(_logsumexp, promote_to_inexact(x), axis, keepdims)

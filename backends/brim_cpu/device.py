@@ -1,0 +1,102 @@
+"""The CPU backend object: raw memory from NumPy, arrays over it, and the choice of a kernel for an op."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from brim.backend import BoundKernel, MemoryInfo
+from brim.op import Op
+from brim.spec import Scalar, Spec
+from brim_cpu import kernels
+from brim_cpu.elementwise import bind_elementwise
+from brim_cpu.registry import KERNELS
+
+__all__ = ["CpuBackend"]
+
+Array = np.ndarray[Any, Any]
+
+
+class CpuBackend:
+    """NumPy arrays in host memory; implements ``brim.backend.Backend``."""
+
+    kind = "cpu"
+    alignment_bytes = 64
+    shares_host_memory = True
+
+    def __init__(self) -> None:
+        for family in pkgutil.iter_modules(kernels.__path__):
+            importlib.import_module(f"{kernels.__name__}.{family.name}")
+
+    def count(self) -> int:
+        """One: all cores are one device."""
+        return 1
+
+    def describe(self, index: int) -> str:
+        """Architecture and number of processors this process may use."""
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"{platform.machine()} CPU, {usable} usable processors, NumPy {np.__version__}"
+
+    def allocate(self, index: int, nbytes: int) -> Array:
+        """A flat uint8 array whose first byte lies on a 64-byte boundary."""
+        raw = np.empty(nbytes + self.alignment_bytes, np.uint8)
+        start = -raw.ctypes.data % self.alignment_bytes
+        return raw[start : start + nbytes]
+
+    def view(self, buffer: Array | None, offset_bytes: int, spec: Spec) -> Array:
+        """An array over part of a buffer; strides may be zero or negative."""
+        if buffer is None or spec.size == 0:
+            return np.empty(spec.shape, spec.dtype)
+        if spec.layout is None:
+            return np.ndarray(spec.shape, spec.dtype, buffer, offset_bytes)
+        itemsize = spec.dtype.itemsize
+        return np.ndarray(spec.shape, spec.dtype, buffer, offset_bytes, tuple(s * itemsize for s in spec.layout))
+
+    def bind(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> BoundKernel:
+        """The NumPy kernel for an op on these specs. Raises KeyError for a composite without one."""
+        if op.kind == "elementwise" and op.name not in KERNELS:
+            bound = bind_elementwise(op, ins, outs[0], params)
+            return BoundKernel(_quiet(bound.run), bound.scratch_bytes, aliasing=True)
+        record = KERNELS[op.name]
+        scratch = record.scratch(ins, outs, **params) if record.scratch else 0
+        library = record.library(ins, outs, **params) if record.library else 0
+        flags = record.contiguous
+        contiguous = (flags,) * len(ins) if isinstance(flags, bool) else tuple(i in flags for i in range(len(ins)))
+        return BoundKernel(_quiet(record.run), scratch, library, contiguous, record.aliasing)
+
+    def upload(self, array: Array, host: Array) -> None:
+        """Copy values in."""
+        np.copyto(array, host)
+
+    def download(self, array: Array) -> Array:
+        """The array itself."""
+        return array
+
+    def adopt(self, host: Array) -> Array | None:
+        """A flat view of a writable row-major array's bytes."""
+        if not (host.flags.c_contiguous and host.flags.writeable):
+            return None
+        return host.reshape(-1).view(np.uint8)
+
+    def synchronize(self, index: int) -> None:
+        """NumPy calls have finished when they return."""
+
+    def memory(self, index: int) -> MemoryInfo | None:
+        """None: the host's limits are the answer."""
+        return None
+
+
+def _quiet(run: Callable[..., None]) -> Callable[..., None]:
+    """Floating-point exceptions give inf and nan, as on every device, and no warnings."""
+
+    def quiet(*args: Any, **kwargs: Any) -> None:
+        with np.errstate(all="ignore"):
+            run(*args, **kwargs)
+
+    return quiet

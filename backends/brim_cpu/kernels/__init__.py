@@ -1,0 +1,1 @@
+"""NumPy kernels, one file per family of ops; importing a file registers its kernels."""

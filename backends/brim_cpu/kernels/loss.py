@@ -1,0 +1,75 @@
+"""Kernels of losses: picking one class a row, and its transpose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from brim_cpu.blocks import carve, carve_bytes, row_blocks
+from brim_cpu.registry import kernel
+
+_ROWS = 4096  # rows handled at once; the scratch is three small arrays of this length
+
+
+def _parts() -> tuple[tuple[tuple[int, ...], Any], ...]:
+    return (((_ROWS,), "int64"), ((_ROWS,), "int64"), ((_ROWS,), "bool"))
+
+
+def _scratch(ins: Any, outs: Any, **params: Any) -> int:
+    return carve_bytes(*_parts())
+
+
+def _classes(index: Any, chosen: Any, ignored: Any, classes: int, ignore_index: int) -> None:
+    """``chosen`` = the classes of these rows, 0 where ignored; IndexError for a class that does not exist."""
+    np.copyto(chosen, index, casting="unsafe")
+    np.equal(chosen, ignore_index, out=ignored)
+    np.copyto(chosen, 0, where=ignored)
+    low, high = int(chosen.min()), int(chosen.max())
+    if low < 0 or high >= classes:
+        raise IndexError(
+            f"class {low if low < 0 else high} does not exist: there are {classes} (0 to {classes - 1}); "
+            f"check the labels, or mark entries to skip with ignore_index={ignore_index}"
+        )
+
+
+@kernel("pick_classes", scratch=_scratch)
+def _pick_classes(out: Any, x: Any, index: Any, *, ignore_index: int, scratch: Any) -> None:
+    chosen, mask_source, ignored = carve(scratch, *_parts())
+    classes = x.shape[1]
+    for rows in row_blocks(out.shape[0], 1, _ROWS):
+        n = rows.stop - rows.start
+        _classes(index[rows], chosen[:n], ignored[:n], classes, ignore_index)
+        part, target = x[rows], out[rows]
+        if part.flags.c_contiguous and target.flags.c_contiguous:
+            np.add(chosen[:n], _row_starts(mask_source[:n], classes), out=chosen[:n])
+            np.take(part.reshape(-1), chosen[:n], out=target, mode="clip")
+        else:
+            for row in range(n):
+                target[row] = part[row, chosen[row]]
+        np.copyto(target, out.dtype.type(0), where=ignored[:n])
+
+
+def _row_starts(out: Any, classes: int) -> Any:
+    out.fill(classes)
+    np.cumsum(out, out=out)
+    np.subtract(out, classes, out=out)
+    return out
+
+
+@kernel("put_classes", scratch=_scratch)
+def _put_classes(out: Any, g: Any, index: Any, *, classes: int, ignore_index: int, scratch: Any) -> None:
+    chosen, starts, ignored = carve(scratch, *_parts())
+    out.fill(0)
+    for rows in row_blocks(g.shape[0], 1, _ROWS):
+        n = rows.stop - rows.start
+        _classes(index[rows], chosen[:n], ignored[:n], classes, ignore_index)
+        part = out[rows]
+        if part.flags.c_contiguous:
+            np.add(chosen[:n], _row_starts(starts[:n], classes), out=chosen[:n])
+            part.reshape(-1)[chosen[:n]] = g[rows]
+        else:
+            for row in range(n):
+                part[row, chosen[row]] = g[rows.start + row]
+        for row in np.flatnonzero(ignored[:n]):
+            part[row].fill(0)

@@ -1,0 +1,108 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from brim.ops.optim import adam_update, amsgrad_update
+from brim.optim.optimizer import Optimizer, check_range
+from brim.tensor import Tensor
+
+__all__ = ["Adam", "AdamW"]
+
+
+class Adam(Optimizer):
+    """Adam: steps of m / sqrt(v), running means of the gradient and its square, corrected for their start at zero.
+
+    Source: Kingma and Ba 2015, arXiv:1412.6980; AMSGrad: Reddi et al. 2018. Weight decay is an L2 penalty here.
+
+    Arguments:
+        params: tensors or groups.
+        lr: learning rate.
+        betas: decay of the two running means, each in [0, 1).
+        eps: added to the denominator.
+        weight_decay: factor of the L2 penalty.
+        amsgrad: divide by the largest second moment so far.
+        maximize: ascend.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    decoupled: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        super().check(settings)
+        check_range("eps", settings["eps"], 0.0)
+        if len(settings["betas"]) != 2:
+            raise ValueError(f"betas: expected two numbers, got {settings['betas']!r}")
+        for beta in settings["betas"]:
+            check_range("betas", beta, 0.0, 1.0)
+
+    def update(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, grad: Tensor) -> None:
+        state["step"] = step = state.get("step", 0) + 1
+        beta1, beta2 = map(float, group["betas"])
+        moments = [self.buffer(state, "exp_avg", param), self.buffer(state, "exp_avg_sq", param)]
+        if group["amsgrad"]:
+            moments.append(self.buffer(state, "max_exp_avg_sq", param))
+        op = amsgrad_update if group["amsgrad"] else adam_update
+        op.into(
+            (param, *moments),
+            param,
+            grad,
+            *moments,
+            float(group["lr"]),
+            beta1,
+            beta2,
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            1.0 - beta1**step,
+            math.sqrt(1.0 - beta2**step),
+            decoupled=self.decoupled,
+            maximize=bool(group["maximize"]),
+        )
+
+
+class AdamW(Adam):
+    """Adam whose weight decay shrinks the parameters by lr * weight_decay instead of changing the gradient.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101. Arguments as of Adam; weight_decay is 0.01 by default.
+    """
+
+    decoupled: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)

@@ -1,0 +1,182 @@
+"""Optimizer: parameter groups, the state kept for each parameter, and how both are saved; the rules are in other files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from brim.autograd import no_grad
+from brim.errors import CheckpointError
+from brim.tensor import Tensor, empty
+
+__all__ = ["Optimizer", "check_range"]
+
+
+class Optimizer:
+    """Base of all optimizers.
+
+    Arguments:
+        params: tensors (as from ``model.parameters()``), or dicts with "params" and settings of their own.
+        defaults: settings of groups that do not state them.
+
+    Attributes:
+        param_groups: dicts of settings, each with its tensors under "params".
+        state: position of a parameter (counted through all groups) -> name -> Tensor or number.
+    """
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        if isinstance(params, Tensor | Mapping):
+            raise TypeError(f"params: expected several tensors or groups, got one {type(params).__name__}; put it in []")
+        self.defaults = defaults
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: dict[int, dict[str, Any]] = {}
+        given = list(params)
+        if not given:
+            raise ValueError("params is empty: there is nothing to optimize; was the model's parameters() used up?")
+        for group in given if isinstance(given[0], Mapping) else [{"params": given}]:
+            self.add_param_group(group)
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Optimize further parameters: a dict with "params" and settings that differ from the defaults."""
+        if unknown := set(group) - {"params"} - set(self.defaults):
+            raise ValueError(f"unknown settings {sorted(unknown)}; {type(self).__name__} has {sorted(self.defaults)}")
+        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        known = {id(p) for other in self.param_groups for p in other["params"]}
+        for p in params:
+            if not isinstance(p, Tensor):
+                raise TypeError(f"params: expected tensors, got {type(p).__name__}")
+            if not p.is_leaf:
+                raise ValueError("can only optimize leaf tensors, this one was computed; use x.detach()")
+            if id(p) in known:
+                raise ValueError("a parameter appears twice; each belongs to one group")
+            known.add(id(p))
+        made = {**self.defaults, **group, "params": params}
+        self.check(made)
+        self.param_groups.append(made)
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError for settings out of range."""
+        check_range("lr", settings["lr"], 0.0)
+        check_range("weight_decay", settings.get("weight_decay", 0.0), 0.0)
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient, in place."""
+        with no_grad():
+            for group, members in self._members():
+                self.update_group(group, [(i, p, p.grad) for i, p in members if p.grad is not None])
+
+    def update_group(self, group: dict[str, Any], members: list[tuple[int, Tensor, Tensor]]) -> None:
+        """Update one group's parameters: their positions, themselves and their gradients."""
+        for index, param, grad in members:
+            self.update(group, self.state.setdefault(index, {}), param, grad)
+
+    def update(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, grad: Tensor) -> None:
+        """Update one parameter."""
+        raise TypeError(f"{type(self).__name__} must define update()")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, which frees their memory, or with ``set_to_none=False`` overwrite them with zeros."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if set_to_none:
+                    p.grad = None
+                elif p.grad is not None:
+                    p.grad.write(0.0)
+
+    def _members(self) -> Iterator[tuple[dict[str, Any], list[tuple[int, Tensor]]]]:
+        index = 0
+        for group in self.param_groups:
+            members = list(enumerate(group["params"], index))
+            index += len(members)
+            yield group, members
+
+    def buffer(self, state: dict[str, Any], name: str, param: Tensor) -> Tensor:
+        """The state tensor of this name, made of zeros in the parameter's shape when it is missing."""
+        if name not in state:
+            state[name] = _like(param).write(0.0)
+        found: Tensor = state[name]
+        return found
+
+    # ---------------------------------------------------------------- saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"state": {position: {name: value}}, "param_groups": [...]}`` with positions for tensors, as PyTorch's."""
+        groups = [{**group, "params": [i for i, _ in members]} for group, members in self._members()]
+        return {"state": {i: dict(values) for i, values in self.state.items()}, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken; tensors (or arrays) are copied.
+
+        Raises:
+            CheckpointError: it belongs to other parameters; nothing was changed.
+        """
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        sizes, found = [len(g["params"]) for g in self.param_groups], [len(g["params"]) for g in groups]
+        if sizes != found:
+            raise CheckpointError(f"the state is of groups with {found} parameters, this optimizer has {sizes}")
+        params = [p for _, members in self._members() for _, p in members]
+        for index, values in state.items():
+            for name, value in values.items():
+                if hasattr(value, "shape") and tuple(value.shape) != params[int(index)].shape:
+                    raise CheckpointError(
+                        f"{name} of parameter {index}: expected {params[int(index)].shape}, got {tuple(value.shape)}"
+                    )
+        self.state = {
+            int(index): {
+                name: _like(params[int(index)]).write(value) if hasattr(value, "shape") else value
+                for name, value in values.items()
+            }
+            for index, values in state.items()
+        }
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update({k: _tuple(v) for k, v in saved.items() if k != "params"})
+
+    def state_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The tensors of the state as arrays by flat names such as ``"3.momentum_buffer"``, for a safetensors file."""
+        return {
+            f"{index}.{name}": value.detach().numpy()
+            for index, values in self.state.items()
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
+    def state_settings(self) -> dict[str, Any]:
+        """All of the state that is no tensor: plain values, for JSON."""
+        state = {
+            str(i): {name: v for name, v in values.items() if not isinstance(v, Tensor)}
+            for i, values in self.state.items()
+        }
+        return {"state": state, "param_groups": self.state_dict()["param_groups"]}
+
+    def load_state(self, arrays: Mapping[str, np.ndarray[Any, Any]], settings: Mapping[str, Any]) -> None:
+        """Continue from ``state_arrays()`` and ``state_settings()``."""
+        state: dict[str, dict[str, Any]] = {index: dict(values) for index, values in settings["state"].items()}
+        for key, array in arrays.items():
+            index, _, name = key.partition(".")
+            state.setdefault(index, {})[name] = array
+        self.load_state_dict({"state": state, "param_groups": settings["param_groups"]})
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={v}" for k, v in self.param_groups[0].items() if k != "params")
+        return f"{type(self).__name__}({sum(len(g['params']) for g in self.param_groups)} parameters, {settings})"
+
+
+def _like(param: Tensor) -> Tensor:
+    """Memory for state, booked as the optimizer's under the parameter's layer."""
+    block = param._block
+    layer = block.record.layer if block is not None else None
+    return empty(param.shape, dtype=param.dtype, device=param.device, op="optimizer").book_as("optimizer", layer)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+
+
+def check_range(name: str, value: Any, low: float, below: float = math.inf) -> None:
+    """Raise ValueError unless ``low <= value < below``."""
+    if not isinstance(value, int | float) or not low <= value < below:
+        limit = f" and below {below}" if below < math.inf else ""
+        raise ValueError(f"{name}: expected a finite number of at least {low:g}{limit}, got {value!r}")

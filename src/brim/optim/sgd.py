@@ -1,0 +1,116 @@
+"""Stochastic gradient descent: momentum, Nesterov, and a learning rate that is itself learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from brim.ops.optim import sgd_momentum_update, sgd_update
+from brim.optim.optimizer import Optimizer, check_range
+from brim.tensor import Tensor
+
+__all__ = ["SGD"]
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent: d = g + weight_decay p; v = momentum v + (1 - dampening) d; p = p - lr v.
+
+    The first velocity is d. Nesterov steps along d + momentum v.
+
+    With ``hypergradient=beta`` the learning rate of each group follows its own gradient: lr += beta * sum(d · u), where
+    u is the direction of the step before (Baydin et al. 2018, Online Learning Rate Adaptation with Hypergradient
+    Descent, arXiv:1703.04782, additive rule). The current value is in ``param_groups[i]["lr"]``.
+
+    Arguments:
+        params: tensors or groups.
+        lr: learning rate.
+        momentum: share of the velocity that is kept.
+        dampening: share of d that does not enter the velocity.
+        weight_decay: factor of the L2 penalty.
+        nesterov: needs momentum and no dampening.
+        maximize: ascend.
+        hypergradient: beta, or None for a fixed learning rate.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        hypergradient: float | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "hypergradient": hypergradient,
+        }
+        super().__init__(params, defaults)
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        super().check(settings)
+        check_range("momentum", settings["momentum"], 0.0)
+        if settings["nesterov"] and (settings["momentum"] <= 0 or settings["dampening"] != 0):
+            raise ValueError("nesterov needs momentum > 0 and dampening = 0")
+        if settings["hypergradient"] is not None:
+            check_range("hypergradient", settings["hypergradient"], 0.0)
+
+    def update_group(self, group: dict[str, Any], members: list[tuple[int, Tensor, Tensor]]) -> None:
+        if group["hypergradient"] is not None:
+            self._learn_rate(group, members)
+        super().update_group(group, members)
+
+    def _learn_rate(self, group: dict[str, Any], members: list[tuple[int, Tensor, Tensor]]) -> None:
+        total: Any = None
+        # With plain momentum the direction of the last step is the velocity, which is kept anyway.
+        name = "momentum_buffer" if group["momentum"] and not group["nesterov"] else "direction"
+        for index, param, grad in members:
+            state = self.state.setdefault(index, {})
+            d = _descent(group, param, grad)
+            if name in state:
+                product = (d * state[name]).sum()
+                total = product if total is None else total + product
+            if name == "direction" and not group["momentum"]:
+                self.buffer(state, name, param).write(d)
+        if total is not None:
+            group["lr"] = float(group["lr"]) + group["hypergradient"] * total.item()
+
+    def update(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, grad: Tensor) -> None:
+        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+        momentum, nesterov, maximize = float(group["momentum"]), bool(group["nesterov"]), bool(group["maximize"])
+        if not momentum:
+            sgd_update.into(param, param, grad, lr, weight_decay, maximize=maximize)
+            return
+        dampening = float(group["dampening"]) if "momentum_buffer" in state else 0.0
+        velocity = self.buffer(state, "momentum_buffer", param)
+        d = _descent(group, param, grad) if nesterov and group["hypergradient"] is not None else None
+        sgd_momentum_update.into(
+            (param, velocity),
+            param,
+            grad,
+            velocity,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+        )
+        if d is not None:
+            self.buffer(state, "direction", param).write(d + momentum * velocity)
+
+
+def _descent(group: dict[str, Any], param: Tensor, grad: Tensor) -> Tensor:
+    d = -grad if group["maximize"] else grad
+    return d + float(group["weight_decay"]) * param if group["weight_decay"] else d
