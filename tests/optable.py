@@ -19,7 +19,7 @@ import numpy as np
 import brim
 from brim.errors import BrimError
 from brim.op import REGISTRY, Op
-from brim.spec import DTYPES, is_float
+from brim.spec import DTYPES
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 # Relative and absolute tolerance of one rounding or a few, by the dtype that the op computes in.
@@ -38,7 +38,7 @@ class In:
     """One input of a row: random values between ``low`` and ``high``.
 
     Attributes:
-        shape: its shape; None for a Python number (then ``values`` holds it).
+        shape: its shape.
         low, high: range of the random values.
         dtype: fixed dtype ("int64", "bool"...), or None for the dtype that the row is being run in.
         kinks: values where the gradient jumps; random values stay 0.05 away from them.
@@ -101,6 +101,8 @@ class Row:
         torch_grad: whether the gradient is compared with PyTorch's too.
         grad: whether the gradient is checked; by default where the op has one and an input is a float.
         resizable: whether zero-size and one-element inputs make sense: then all inputs of ``inputs`` get these shapes.
+        big: inputs of about 4 MB with which the kernels' allocations are measured; resizable rows need none.
+        big_params: params for these, where they differ.
         bad: inputs that must be refused.
         note: what a reader of the list should know.
     """
@@ -117,6 +119,8 @@ class Row:
     torch_grad: bool = True
     grad: bool | None = None
     resizable: bool = False
+    big: tuple[In, ...] = ()
+    big_params: dict[str, Any] = field(default_factory=dict)
     bad: tuple[Bad, ...] = ()
     note: str = ""
 
@@ -134,7 +138,9 @@ class Row:
 
     def differentiable(self, dtype: str = "float64") -> bool:
         """Whether the row's gradient is checked."""
-        floats = any(i.grad and is_float(DTYPES[i.dtype or dtype]) for i in self.inputs)
+        if not set(FLOATS) & set(self.dtypes):
+            return False
+        floats = any(i.grad and DTYPES[i.dtype or dtype] == DTYPES[dtype] for i in self.inputs)
         if self.grad is not None:
             return self.grad and floats
         return floats and all(REGISTRY[name].vjp is not None or REGISTRY[name].body is not None for name in self.ops)
@@ -155,6 +161,13 @@ class Row:
 def with_shapes(row: Row, shapes: Sequence[tuple[int, ...]]) -> Row:
     """The same row on inputs of other shapes."""
     return replace(row, inputs=tuple(replace(i, shape=s) for i, s in zip(row.inputs, shapes, strict=True)))
+
+
+def enlarged(row: Row, shape: tuple[int, ...] = (1024, 1024)) -> Row | None:
+    """The row on inputs of about 4 MB of float32, or None where it has none."""
+    if row.big:
+        return replace(row, inputs=row.big, params=row.params | row.big_params)
+    return with_shapes(row, [shape] * len(row.inputs)) if row.resizable else None
 
 
 def table_files() -> list[Path]:
@@ -179,6 +192,8 @@ def checks(row: Row) -> list[str]:
         names.append("sizes 0 and 1")
     if row.bad:
         names.append("errors")
+    if enlarged(row) is not None:
+        names.append("allocations")
     if row.torch is not None:
         names.append("torch")
     return names

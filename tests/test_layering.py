@@ -28,11 +28,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("backend", "io"),
     ("memory",),
     ("device",),
+    ("accounting",),
     ("ops",),
     ("autograd",),
     ("tensor_methods",),
     ("tensor",),
-    ("eager", "program"),
+    ("eager", "program", "creation"),
     ("data", "nn", "optim"),
     ("train",),
     ("",),
@@ -41,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 
 # All that a backend may import of brim.
-BACKEND_API = ("spec", "op", "backend", "expr")
+BACKEND_API = ("spec", "op", "backend", "expr", "random")
 
 # The framework never names these; backends are found by their entry points.
 NEVER_IN_SRC = ("cupy", "cupyx", "brim_cpu", "brim_cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 
 import numpy as np
@@ -144,7 +145,7 @@ def test_books_are_exact_after_every_event(events: list[tuple[bool, int, str]]) 
         spans = sorted(
             (id(b.buffer), b.record.offset_bytes, b.record.reserved_bytes) for b in live if b.record.segment is not None
         )
-        for (buffer, start, size), (next_buffer, next_start, _) in zip(spans, spans[1:], strict=False):
+        for (buffer, start, size), (next_buffer, next_start, _) in itertools.pairwise(spans):
             assert buffer != next_buffer or start + size <= next_start, "two live blocks overlap"
     assert pool.ledger.peak_bytes == peak
     live.clear()

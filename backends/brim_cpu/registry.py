@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
 from brim.spec import Scalar, Spec
 
 __all__ = ["KERNELS", "KernelRecord", "kernel"]

@@ -1,4 +1,4 @@
-"""The eager interpreter: runs an op at once. Allocates the outputs from the device's pool, runs the kernel, records the tape.
+"""The eager interpreter: runs an op at once. Takes outputs from the device's pool, runs the kernel, records the tape.
 
 What an op needs on certain specs (output specs, kernel, scratch) is worked out once and kept; a call is then one
 dictionary look-up, the allocation and the kernel.
@@ -49,7 +49,8 @@ class Eager:
             args = tuple(args[0]) if len(args) == 1 and isinstance(args[0], list | tuple) else args
         elif len(args) != op.arity:
             raise TypeError(f"{op.name} takes {op.arity} inputs, got {len(args)}")
-        place, wants_grad, key = None, False, [op]
+        place, wants_grad = None, False
+        key: list[Any] = [op]
         for arg in args:
             if isinstance(arg, Tensor):
                 if place is None:
@@ -63,7 +64,7 @@ class Eager:
             else:
                 return self.apply(op, _as_operands(op, args), params, out)
         if place is None:
-            place = device()
+            place = device(params.get("device"))  # ops that make tensors from numbers name theirs
         key.append(place.kind)
         key.extend(params.items())
         cache_key = tuple(key)
@@ -75,7 +76,7 @@ class Eager:
             self._plans[cache_key] = plan
         recording = wants_grad and context.grad_enabled
         if plan.view_offset is not None:
-            outputs = (self._view(plan, args[0]),)
+            outputs: tuple[Tensor, ...] = (self._view(plan, args[0]),)
         elif plan.kernel is not None or place.is_meta:
             outputs = self._run(op, plan, args, params, place, out)
         elif op.vjp is None and out is None:

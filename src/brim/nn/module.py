@@ -10,10 +10,11 @@ import numpy as np
 
 from brim.autograd import no_grad
 from brim.context import context, layer_scope
-from brim.errors import CheckpointError, ShapeError
+from brim.device import Device
+from brim.errors import CheckpointError, DTypeError, ShapeError
 from brim.memory.guard import give_back_on_refusal
 from brim.nn.parameter import Parameter
-from brim.spec import is_float
+from brim.spec import DTYPES, as_dtype, is_float
 from brim.tensor import Tensor, asarray
 
 __all__ = ["Module"]
@@ -253,11 +254,12 @@ class Module:
 
         Parameters stay the same objects, so an optimizer made before goes on working. Integer buffers keep their dtype.
         """
+        place, kind = _destination(targets, device, dtype)
         with no_grad():
             for tensor in [*self.parameters(), *self.buffers()]:
-                _become(tensor, _moved(tensor, targets, device, dtype))
+                _become(tensor, _moved(tensor, place, kind))
                 if tensor.grad is not None:
-                    tensor.grad = _moved(tensor.grad, targets, device, dtype).book_as("grads")
+                    tensor.grad = _moved(tensor.grad, place, kind).book_as("grads")
         return self
 
     # ---------------------------------------------------------------- state
@@ -338,13 +340,20 @@ def _as_source(value: Any) -> Tensor:
     return asarray(value)
 
 
-def _moved(tensor: Tensor, targets: tuple[Any, ...], device: Any, dtype: Any) -> Tensor:
-    if is_float(tensor.dtype):
-        return tensor.detach().to(*targets, device=device, dtype=dtype)
-    for target in targets:  # an integer keeps its dtype: only a place can apply to it
-        probe = asarray(np.zeros((), np.float32), device="cpu").to(target)
-        device = device if probe.device.kind == "cpu" and target != "cpu" and str(target) != "cpu" else target
-    return tensor.detach().to(device=device)
+def _destination(targets: tuple[Any, ...], device: Any, dtype: Any) -> tuple[Any, Any]:
+    for target in targets:
+        if isinstance(target, Device) or (isinstance(target, str) and target not in DTYPES):
+            device = target
+        else:
+            dtype = target
+    kind = None if dtype is None else as_dtype(dtype)
+    if kind is not None and not is_float(kind):
+        raise DTypeError(f"a module can be converted to a float dtype, not to {kind}")
+    return device, kind
+
+
+def _moved(tensor: Tensor, device: Any, dtype: Any) -> Tensor:
+    return tensor.detach().to(device=device, dtype=dtype if is_float(tensor.dtype) else None)
 
 
 def _become(tensor: Tensor, other: Tensor) -> None:

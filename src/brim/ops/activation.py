@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from brim.expr import call
-from brim.op import elementwise
+from brim.op import Op, elementwise
 from brim.ops.arithmetic import abs, clip, maximum, minimum, where
 from brim.ops.exponential import erf, exp, expm1, log1p
 from brim.ops.trigonometry import tanh
@@ -19,7 +19,7 @@ _SQRT_HALF = math.sqrt(0.5)
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715
 
-relu = elementwise(
+relu: Op = elementwise(
     "relu",
     lambda x: call("max", x, 0),
     vjp=lambda g, _x, out: where(out > 0, g, 0.0),
@@ -28,7 +28,7 @@ relu = elementwise(
 )
 
 
-_leaky_relu = elementwise(
+_leaky_relu: Op = elementwise(
     "leaky_relu",
     lambda x, slope: call("where", x > 0, x, x * slope),
     vjp=lambda g, x, slope, _out: (
@@ -50,14 +50,14 @@ def _sigmoid(x: Any) -> Any:
     return exp(minimum(x, 0)) / (1 + exp(-abs(x)))
 
 
-sigmoid = elementwise(
+sigmoid: Op = elementwise(
     "sigmoid",
     _sigmoid,
     vjp=lambda g, _x, out: g * (out * (1.0 - out)),
     accepts="float",
     doc="logistic function 1 / (1 + e^-x)",
 )
-silu = elementwise(
+silu: Op = elementwise(
     "silu",
     lambda x: x * _sigmoid(x),
     vjp=lambda g, x, _out: _silu_grad(g, x),
@@ -71,7 +71,7 @@ def _silu_grad(g: Any, x: Any) -> Any:
     return g * (s * (1.0 + x * (1.0 - s)))
 
 
-_gelu_erf = elementwise(
+_gelu_erf: Op = elementwise(
     "gelu",
     lambda x: 0.5 * x * (1 + erf(x * _SQRT_HALF)),
     vjp=lambda g, x, _out: (
@@ -95,7 +95,7 @@ def _gelu_tanh_grad(g: Any, x: Any) -> Any:
     return g * (0.5 * (1.0 + t) + 0.5 * near * ((1.0 - t * t) * slope))
 
 
-gelu_tanh = elementwise(
+gelu_tanh: Op = elementwise(
     "gelu_tanh",
     lambda x: 0.5 * x * (1 + tanh(_gelu_tanh_argument(x))),
     vjp=lambda g, x, _out: _gelu_tanh_grad(g, x),
@@ -118,8 +118,7 @@ def gelu(x: Any, approximate: str = "none") -> Any:
     return _gelu_erf(x) if approximate == "none" else gelu_tanh(x)
 
 
-
-softplus = elementwise(
+softplus: Op = elementwise(
     "softplus",
     lambda x: maximum(x, 0) + log1p(exp(-abs(x))),
     vjp=lambda g, x, _out: g * sigmoid(x),
@@ -127,7 +126,7 @@ softplus = elementwise(
     doc="log(1 + e^x), a smooth max(x, 0)",
 )
 
-_elu = elementwise(
+_elu: Op = elementwise(
     "elu",
     lambda x, alpha: call("where", x > 0, x, alpha * expm1(minimum(x, 0))),
     vjp=lambda g, x, alpha, out: (

@@ -6,25 +6,25 @@ from typing import Any
 
 from brim.errors import DTypeError
 from brim.expr import call
-from brim.op import elementwise
+from brim.op import Op, elementwise
 from brim.spec import as_dtype, is_complex, is_inexact
 
-add = elementwise("add", lambda x, y: x + y, vjp=lambda g, _x, _y, _out: (g, g), doc="x + y")
-subtract = elementwise("subtract", lambda x, y: x - y, vjp=lambda g, _x, _y, _out: (g, lambda: -g), doc="x - y")
-multiply = elementwise(
+add: Op = elementwise("add", lambda x, y: x + y, vjp=lambda g, _x, _y, _out: (g, g), doc="x + y")
+subtract: Op = elementwise("subtract", lambda x, y: x - y, vjp=lambda g, _x, _y, _out: (g, lambda: -g), doc="x - y")
+multiply: Op = elementwise(
     "multiply", lambda x, y: x * y, vjp=lambda g, x, y, _out: (lambda: g * y, lambda: g * x), doc="x * y"
 )
-divide = elementwise(
+divide: Op = elementwise(
     "divide",
     lambda x, y: x / y,
     vjp=lambda g, _x, y, out: (lambda: g / y, lambda: -g * out / y),
     accepts="inexact",
     doc="x / y; integers give float32",
 )
-floor_divide = elementwise(
+floor_divide: Op = elementwise(
     "floor_divide", lambda x, y: call("floordiv", x, y), accepts="real", doc="floor(x / y), rounded towards -inf"
 )
-remainder = elementwise(
+remainder: Op = elementwise(
     "remainder",
     lambda x, y: call("mod", x, y),
     vjp=lambda g, x, y, _out: (g, lambda: -g * floor_divide(x, y)),
@@ -44,13 +44,13 @@ def _pow_grad_exponent(g: Any, x: Any, y: Any, out: Any) -> Any:
     return g * where(x == 0, 0.0, out * log(where(x == 0, 1.0, x)))
 
 
-pow = elementwise(
+pow: Op = elementwise(
     "pow",
     lambda x, y: x**y,
     vjp=lambda g, x, y, out: (lambda: _pow_grad_base(g, x, y), lambda: _pow_grad_exponent(g, x, y, out)),
     doc="x to the power y",
 )
-where = elementwise(
+where: Op = elementwise(
     "where",
     lambda condition, x, y: call("where", condition, x, y),
     vjp=lambda g, condition, _x, _y, _out: (None, lambda: where(condition, g, 0.0), lambda: where(condition, 0.0, g)),
@@ -58,27 +58,27 @@ where = elementwise(
     promoted=(1, 2),
     doc="x where the condition holds, else y",
 )
-log = elementwise(
+log: Op = elementwise(
     "log", lambda x: call("log", x), vjp=lambda g, x, _out: g / x, accepts="inexact", doc="natural logarithm"
 )
-negative = elementwise("negative", lambda x: -x, vjp=lambda g, _x, _out: -g, doc="-x")
-positive = elementwise("positive", lambda x: call("identity", x), vjp=lambda g, _x, _out: g, doc="x")
-abs = elementwise(
+negative: Op = elementwise("negative", lambda x: -x, vjp=lambda g, _x, _out: -g, doc="-x")
+positive: Op = elementwise("positive", lambda x: call("identity", x), vjp=lambda g, _x, _out: g, doc="x")
+abs: Op = elementwise(
     "abs", lambda x: call("abs", x), vjp=lambda g, x, _out: g * sign(x), returns="real", doc="absolute value"
 )
-sign = elementwise("sign", lambda x: call("sign", x), vjp=lambda g, _x, _out: None, doc="-1, 0 or 1")
-square = elementwise("square", lambda x: call("square", x), vjp=lambda g, x, _out: g * (2.0 * x), doc="x * x")
-sqrt = elementwise(
+sign: Op = elementwise("sign", lambda x: call("sign", x), vjp=lambda g, _x, _out: None, doc="-1, 0 or 1")
+square: Op = elementwise("square", lambda x: call("square", x), vjp=lambda g, x, _out: g * (2.0 * x), doc="x * x")
+sqrt: Op = elementwise(
     "sqrt", lambda x: call("sqrt", x), vjp=lambda g, _x, out: g / (2.0 * out), accepts="inexact", doc="square root"
 )
-rsqrt = elementwise(
+rsqrt: Op = elementwise(
     "rsqrt",
     lambda x: call("rsqrt", x),
     vjp=lambda g, _x, out: g * (-0.5 * out * out * out),
     accepts="float",
     doc="1 / sqrt(x)",
 )
-reciprocal = elementwise(
+reciprocal: Op = elementwise(
     "reciprocal", lambda x: 1 / x, vjp=lambda g, _x, out: -g * out * out, accepts="inexact", doc="1 / x"
 )
 
@@ -88,21 +88,21 @@ def _half_on_ties(g: Any, x: Any, y: Any, out: Any) -> Any:
     return where(x == y, 0.5 * g, where(x == out, g, 0.0))
 
 
-maximum = elementwise(
+maximum: Op = elementwise(
     "maximum",
     lambda x, y: call("max", x, y),
     vjp=lambda g, x, y, out: (lambda: _half_on_ties(g, x, y, out), lambda: _half_on_ties(g, y, x, out)),
     accepts="real",
     doc="the larger; NaN where either is NaN",
 )
-minimum = elementwise(
+minimum: Op = elementwise(
     "minimum",
     lambda x, y: call("min", x, y),
     vjp=lambda g, x, y, out: (lambda: _half_on_ties(g, x, y, out), lambda: _half_on_ties(g, y, x, out)),
     accepts="real",
     doc="the smaller; NaN where either is NaN",
 )
-_clip = elementwise(
+_clip: Op = elementwise(
     "clip",
     lambda x, low, high: call("min", call("max", x, low), high),
     vjp=lambda g, x, low, high, _out: (
@@ -124,7 +124,7 @@ def clip(x: Any, min: Any = None, max: Any = None) -> Any:
     return maximum(x, min) if max is None else _clip(x, min, max)
 
 
-_astype = elementwise(
+_astype: Op = elementwise(
     "astype",
     lambda x: call("identity", x),
     vjp=lambda g, _x, _out, *, dtype: g,
@@ -132,7 +132,7 @@ _astype = elementwise(
     returns="param",
     doc="the same values in another dtype",
 )
-copy = elementwise(
+copy: Op = elementwise(
     "copy", lambda x: call("identity", x), vjp=lambda g, _x, _out: g, accepts="any", doc="a row-major copy"
 )
 

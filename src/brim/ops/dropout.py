@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from brim.op import float_only, primitive
+from brim.op import Op, float_only, primitive
 from brim.spec import Scalar, Spec
 
 __all__ = ["dropout"]
@@ -16,7 +16,7 @@ def _spec(x: Spec, seed: Spec | Scalar, counter: Spec | Scalar, *, p: float) -> 
     return Spec(x.shape, float_only("dropout", x.dtype))
 
 
-_dropout = primitive(
+_dropout: Op = primitive(
     "dropout",
     _spec,
     vjp=lambda g, _x, seed, counter, _out, *, p: (_dropout(g, seed, counter, p=p), None, None),

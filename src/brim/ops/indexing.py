@@ -13,7 +13,7 @@ import numpy as np
 
 from brim.context import context
 from brim.errors import DTypeError, ShapeError
-from brim.op import primitive
+from brim.op import Op, primitive
 from brim.ops.arithmetic import add, astype
 from brim.ops.movement import _slice, broadcast_to, expand_dims, permute_dims, reshape, set_slice
 from brim.spec import DTYPES, Scalar, Shape, Spec, broadcast_shapes, normalize_axis
@@ -39,7 +39,7 @@ def _take_grad(g: Any, _x: Any, indices: Any, _out: Any, *, axis: int) -> tuple[
     return for_x, None
 
 
-_take = primitive(
+_take: Op = primitive(
     "take", _take_spec, vjp=_take_grad, arity=2, doc="entries along an axis by index; the index's axes take its place"
 )
 
@@ -58,14 +58,14 @@ def _write_spec(x: Spec | Scalar, indices: Spec, values: Spec | Scalar, *, axis:
     return Spec(x.shape, x.dtype)
 
 
-_index_add = primitive(
+_index_add: Op = primitive(
     "index_add",
     _write_spec,
     vjp=lambda g, _x, indices, _values, _out, *, axis, size: (g, None, lambda: _take(g, indices, axis=axis)),
     arity=3,
     doc="x (or 0) with values added at indices along an axis, in order; the transpose of take",
 )
-_put = primitive(
+_put: Op = primitive(
     "put",
     _write_spec,
     vjp=lambda g, _x, indices, _values, _out, *, axis, size: (
@@ -76,7 +76,7 @@ _put = primitive(
     arity=3,
     doc="x with values written at indices along an axis; where an index comes twice, the last one stays",
 )
-_positions = primitive(
+_positions: Op = primitive(
     "positions",
     lambda indices, *, size, stride, axis: Spec(indices.shape, _INT64),
     doc="indices of an axis of this size, negative ones counted from the end, times a stride; checked",

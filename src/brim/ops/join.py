@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from brim.errors import DTypeError, ShapeError
-from brim.op import primitive
+from brim.op import Op, primitive
 from brim.ops.arithmetic import astype
 from brim.ops.compare import equal
 from brim.ops.movement import broadcast_to, expand_dims, reshape, set_slice, slice_axis, squeeze
@@ -40,7 +40,7 @@ def _concat_grad(g: Any, _xs: Any, _out: Any, *, axis: int) -> list[Any]:
     return found
 
 
-_concat = primitive("concat", _concat_spec, vjp=_concat_grad, arity=None, doc="tensors one after another along an axis")
+_concat: Op = primitive("concat", _concat_spec, vjp=_concat_grad, arity=None, doc="tensors one after another along an axis")
 
 
 def concat(xs: Sequence[Any], axis: int | None = 0) -> Any:
@@ -168,7 +168,7 @@ def _triangle_spec(x: Spec, *, k: int, upper: bool) -> Spec:
     return Spec(x.shape, x.dtype)
 
 
-_triangle = primitive(
+_triangle: Op = primitive(
     "triangle",
     _triangle_spec,
     vjp=lambda g, _x, _out, *, k, upper: _triangle(g, k=k, upper=upper),

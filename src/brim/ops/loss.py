@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from brim.errors import DTypeError, ShapeError
-from brim.op import float_only, primitive
+from brim.op import Op, float_only, primitive
 from brim.ops.arithmetic import abs as _abs
 from brim.ops.arithmetic import astype, clip, maximum, promote_to_inexact, where
 from brim.ops.exponential import exp, log1p
@@ -33,7 +33,7 @@ def _put_spec(g: Spec, index: Spec, *, classes: int, ignore_index: int) -> Spec:
     return Spec((index.shape[0], classes), float_only("put_classes", g.dtype))
 
 
-pick_classes = primitive(
+pick_classes: Op = primitive(
     "pick_classes",
     _pick_spec,
     vjp=lambda g, _x, index, _out, *, ignore_index: (
@@ -43,7 +43,7 @@ pick_classes = primitive(
     arity=2,
     doc="x[n, index[n]] for every row n, and 0 where index[n] is ignore_index",
 )
-put_classes = primitive(
+put_classes: Op = primitive(
     "put_classes",
     _put_spec,
     vjp=lambda g, _x, index, _out, *, classes, ignore_index: (

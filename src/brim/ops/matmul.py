@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from brim.errors import DTypeError, ShapeError
-from brim.op import primitive
+from brim.op import Op, primitive
 from brim.ops.arithmetic import astype, multiply
 from brim.ops.movement import permute_dims, reshape, swapaxes
 from brim.ops.reduce import sum as _sum
@@ -25,7 +25,7 @@ def _matmul_spec(a: Spec, b: Spec) -> Spec:
     return Spec((*broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), a.dtype)
 
 
-_matmul = primitive(
+_matmul: Op = primitive(
     "matmul",
     _matmul_spec,
     vjp=lambda g, a, b, _out: (lambda: matmul(g, matrix_transpose(b)), lambda: _grad_right(g, a, b)),

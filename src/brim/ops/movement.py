@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from brim.errors import DTypeError, ShapeError
-from brim.op import primitive, view
+from brim.op import Op, primitive, view
 from brim.ops.reduce import sum as _sum
 from brim.spec import Scalar, Shape, Spec, as_shape, broadcast_shapes, normalize_axes, normalize_axis, row_major
 
@@ -84,12 +84,12 @@ def _slice_rule(x: Spec, *, index: SliceIndex) -> tuple[Spec, int]:
     return _tidy(shape, x.dtype, strides), 0 if 0 in shape else offset
 
 
-_reshape = view("reshape", _reshape_rule, vjp=lambda g, _x, _out, *, shape: _reshape(g, shape=_x.shape))
-_permute = view(
+_reshape: Op = view("reshape", _reshape_rule, vjp=lambda g, _x, _out, *, shape: _reshape(g, shape=_x.shape))
+_permute: Op = view(
     "permute_dims", _permute_rule, vjp=lambda g, _x, _out, *, axes: _permute(g, axes=_inverse_permutation(axes))
 )
 # The gradient of a broadcast is a sum over the new axes: autograd does that for every input anyway.
-_expand = view("broadcast_to", _expand_rule, vjp=lambda g, _x, _out, *, shape: g)
+_expand: Op = view("broadcast_to", _expand_rule, vjp=lambda g, _x, _out, *, shape: g)
 
 
 def _inverse_permutation(axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -160,7 +160,7 @@ def _set_slice_spec(x: Spec | Scalar, values: Spec | Scalar, *, index: SliceInde
     return Spec(whole.shape, whole.dtype)
 
 
-set_slice = primitive(
+set_slice: Op = primitive(
     "set_slice",
     _set_slice_spec,
     vjp=lambda g, _x, _values, _out, *, index, shape: (
@@ -172,7 +172,7 @@ set_slice = primitive(
 )
 """The transpose of a slice. ``values`` has one axis more than ``x``, so that the two can never share memory in place."""
 
-_slice = view(
+_slice: Op = view(
     "slice",
     _slice_rule,
     vjp=lambda g, _x, _out, *, index: set_slice(0.0, expand_dims(g, 0), index=index, shape=_x.shape),

@@ -46,7 +46,7 @@ def _sum_spec(x: Spec, *, axes: tuple[int, ...], keepdims: bool, wide: bool = Fa
     return Spec(_reduced_shape(x, axes, keepdims), dtype)
 
 
-_sum = primitive(
+_sum: Op = primitive(
     "sum",
     _sum_spec,
     vjp=lambda g, _x, _out, *, axes, keepdims, wide=False: _spread(g, _x, axes),
@@ -69,8 +69,8 @@ def _extreme_grad(g: Any, x: Any, out: Any, *, axes: tuple[int, ...], keepdims: 
     return where(hit, _spread(g / count, x, axes), 0.0)
 
 
-_max = primitive("max", _extreme_spec, vjp=_extreme_grad, doc="largest over axes; NaN if any is NaN")
-_min = primitive("min", _extreme_spec, vjp=_extreme_grad, doc="smallest over axes; NaN if any is NaN")
+_max: Op = primitive("max", _extreme_spec, vjp=_extreme_grad, doc="largest over axes; NaN if any is NaN")
+_min: Op = primitive("min", _extreme_spec, vjp=_extreme_grad, doc="smallest over axes; NaN if any is NaN")
 
 
 def _prod_grad(g: Any, x: Any, _out: Any, *, axes: tuple[int, ...], keepdims: bool) -> Any:
@@ -91,11 +91,11 @@ def _position_spec(x: Spec, *, axis: int | None, keepdims: bool) -> Spec:
     return _extreme_spec(x, axes=axes, keepdims=keepdims).with_dtype(DTYPES["int64"])
 
 
-_prod = primitive("prod", _same_spec, vjp=_prod_grad, doc="product over axes")
-_any = primitive("any", _bool_spec, doc="True where any element over the axes is not zero")
-_all = primitive("all", _bool_spec, doc="True where no element over the axes is zero")
-_argmax = primitive("argmax", _position_spec, doc="position of the first largest; of the first NaN where there is one")
-_argmin = primitive("argmin", _position_spec, doc="position of the first smallest; of the first NaN where there is one")
+_prod: Op = primitive("prod", _same_spec, vjp=_prod_grad, doc="product over axes")
+_any: Op = primitive("any", _bool_spec, doc="True where any element over the axes is not zero")
+_all: Op = primitive("all", _bool_spec, doc="True where no element over the axes is zero")
+_argmax: Op = primitive("argmax", _position_spec, doc="position of the first largest; of the first NaN where there is one")
+_argmin: Op = primitive("argmin", _position_spec, doc="position of the first smallest; of the first NaN where there is one")
 
 
 def _logsumexp_grad(g: Any, x: Any, out: Any, *, axes: tuple[int, ...], keepdims: bool) -> Any:

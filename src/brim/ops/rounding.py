@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from brim.expr import call
-from brim.op import elementwise
+from brim.op import Op, elementwise
 from brim.ops.arithmetic import where
 from brim.ops.compare import signbit
 
@@ -15,15 +15,17 @@ def _flat(g: Any, _x: Any, _out: Any) -> None:
     return None
 
 
-floor = elementwise(
+floor: Op = elementwise(
     "floor", lambda x: call("floor", x), vjp=_flat, accepts="real", doc="the largest whole number <= x"
 )
-ceil = elementwise("ceil", lambda x: call("ceil", x), vjp=_flat, accepts="real", doc="the smallest whole number >= x")
-trunc = elementwise("trunc", lambda x: call("trunc", x), vjp=_flat, accepts="real", doc="x without its fraction")
-round = elementwise(
+ceil: Op = elementwise(
+    "ceil", lambda x: call("ceil", x), vjp=_flat, accepts="real", doc="the smallest whole number >= x"
+)
+trunc: Op = elementwise("trunc", lambda x: call("trunc", x), vjp=_flat, accepts="real", doc="x without its fraction")
+round: Op = elementwise(
     "round", lambda x: call("round", x), vjp=_flat, accepts="real", doc="the nearest whole number; halves go to even"
 )
-copysign = elementwise(
+copysign: Op = elementwise(
     "copysign",
     lambda x, y: call("copysign", x, y),
     vjp=lambda g, x, y, _out: (lambda: where(signbit(x) == signbit(y), g, -g), None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from brim.errors import ShapeError
-from brim.op import primitive
+from brim.op import Op, primitive
 from brim.ops.arithmetic import astype
 from brim.spec import DTYPES, Spec, is_inexact, normalize_axis
 
@@ -22,7 +22,7 @@ def _grad(g: Any, _x: Any, _out: Any, *, axis: int, reverse: bool, include_initi
     return _cumulative_sum(g, axis=axis, reverse=not reverse, include_initial=False)
 
 
-_cumulative_sum = primitive("cumulative_sum", _spec, vjp=_grad, doc="running sum along an axis")
+_cumulative_sum: Op = primitive("cumulative_sum", _spec, vjp=_grad, doc="running sum along an axis")
 
 
 def cumulative_sum(

@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 from brim.errors import DTypeError, ShapeError
-from brim.op import primitive
+from brim.op import Op, primitive
 from brim.ops.arithmetic import subtract
 from brim.ops.indexing import gather, scatter_add_zeros
 from brim.ops.movement import flip, moveaxis, slice_axis
@@ -19,12 +19,12 @@ def _sorted_spec(x: Spec) -> Spec:
     return Spec(x.shape, x.dtype)
 
 
-_argsort = primitive(
+_argsort: Op = primitive(
     "argsort",
     lambda x: Spec(_sorted_spec(x).shape, DTYPES["int64"]),
     doc="indices that sort the last axis upwards; equal elements keep their order",
 )
-_sort = primitive(
+_sort: Op = primitive(
     "sort",
     _sorted_spec,
     vjp=lambda g, x, _out: scatter_add_zeros(x.shape, _argsort(x), g, x.ndim - 1),

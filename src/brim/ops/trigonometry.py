@@ -3,67 +3,76 @@
 from __future__ import annotations
 
 from brim.expr import call
-from brim.op import elementwise
+from brim.op import Op, elementwise
 from brim.ops.arithmetic import rsqrt, where
 
-sin = elementwise("sin", lambda x: call("sin", x), vjp=lambda g, x, _out: g * cos(x), accepts="inexact", doc="sine")
-cos = elementwise("cos", lambda x: call("cos", x), vjp=lambda g, x, _out: -g * sin(x), accepts="inexact", doc="cosine")
-tan = elementwise(
+sin: Op = elementwise("sin", lambda x: call("sin", x), vjp=lambda g, x, _out: g * cos(x), accepts="inexact", doc="sine")
+cos: Op = elementwise(
+    "cos", lambda x: call("cos", x), vjp=lambda g, x, _out: -g * sin(x), accepts="inexact", doc="cosine"
+)
+tan: Op = elementwise(
     "tan", lambda x: call("tan", x), vjp=lambda g, _x, out: g * (1.0 + out * out), accepts="inexact", doc="tangent"
 )
-asin = elementwise(
+asin: Op = elementwise(
     "asin",
     lambda x: call("asin", x),
     vjp=lambda g, x, _out: g * rsqrt((1.0 - x) * (1.0 + x)),
     accepts="inexact",
     doc="inverse sine",
 )
-acos = elementwise(
+acos: Op = elementwise(
     "acos",
     lambda x: call("acos", x),
     vjp=lambda g, x, _out: -g * rsqrt((1.0 - x) * (1.0 + x)),
     accepts="inexact",
     doc="inverse cosine",
 )
-atan = elementwise(
-    "atan", lambda x: call("atan", x), vjp=lambda g, x, _out: g / (1.0 + x * x), accepts="inexact", doc="inverse tangent"
+atan: Op = elementwise(
+    "atan",
+    lambda x: call("atan", x),
+    vjp=lambda g, x, _out: g / (1.0 + x * x),
+    accepts="inexact",
+    doc="inverse tangent",
 )
 # y / (x^2 + y^2) as (y / r) / r: r^2 would overflow where r does not.
-atan2 = elementwise(
+atan2: Op = elementwise(
     "atan2",
     lambda y, x: call("atan2", y, x),
-    vjp=lambda g, y, x, _out: (lambda: g * (x / hypot(x, y)) / hypot(x, y), lambda: -g * (y / hypot(x, y)) / hypot(x, y)),
+    vjp=lambda g, y, x, _out: (
+        lambda: g * (x / hypot(x, y)) / hypot(x, y),
+        lambda: -g * (y / hypot(x, y)) / hypot(x, y),
+    ),
     accepts="float",
     doc="angle of the point (x, y), called as atan2(y, x)",
 )
-sinh = elementwise(
+sinh: Op = elementwise(
     "sinh", lambda x: call("sinh", x), vjp=lambda g, x, _out: g * cosh(x), accepts="inexact", doc="hyperbolic sine"
 )
-cosh = elementwise(
+cosh: Op = elementwise(
     "cosh", lambda x: call("cosh", x), vjp=lambda g, x, _out: g * sinh(x), accepts="inexact", doc="hyperbolic cosine"
 )
-tanh = elementwise(
+tanh: Op = elementwise(
     "tanh",
     lambda x: call("tanh", x),
     vjp=lambda g, _x, out: g * (1.0 - out * out),
     accepts="inexact",
     doc="hyperbolic tangent",
 )
-asinh = elementwise(
+asinh: Op = elementwise(
     "asinh",
     lambda x: call("asinh", x),
     vjp=lambda g, x, _out: g / hypot(x, 1.0),
     accepts="inexact",
     doc="inverse hyperbolic sine",
 )
-acosh = elementwise(
+acosh: Op = elementwise(
     "acosh",
     lambda x: call("acosh", x),
     vjp=lambda g, x, _out: g * rsqrt(x - 1.0) * rsqrt(x + 1.0),
     accepts="inexact",
     doc="inverse hyperbolic cosine",
 )
-atanh = elementwise(
+atanh: Op = elementwise(
     "atanh",
     lambda x: call("atanh", x),
     vjp=lambda g, x, _out: g / ((1.0 - x) * (1.0 + x)),
@@ -71,7 +80,7 @@ atanh = elementwise(
     doc="inverse hyperbolic tangent",
 )
 # The gradient at the origin is 0, the middle of its limits.
-hypot = elementwise(
+hypot: Op = elementwise(
     "hypot",
     lambda x, y: call("hypot", x, y),
     vjp=lambda g, x, y, out: (

@@ -1,0 +1,137 @@
+"""The layers as functions of their inputs and weights. Argument names follow PyTorch's functional interface."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from brim import ops, random
+from brim.errors import ShapeError
+from brim.ops.loss import cross_entropy, huber_loss, l1_loss, mse_loss, nll_loss
+from brim.spec import normalize_axis
+
+__all__ = [
+    "batch_norm",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "dropout",
+    "flatten",
+    "gelu",
+    "huber_loss",
+    "l1_loss",
+    "layer_norm",
+    "leaky_relu",
+    "linear",
+    "log_softmax",
+    "mse_loss",
+    "nll_loss",
+    "relu",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "tanh",
+]
+
+
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """``x @ weight.T + bias``: x (..., in), weight (out, in), bias (out,) or None."""
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ShapeError(
+            f"linear with weight {weight.shape} (out, in) needs input (..., {weight.shape[1]}), got {x.shape}"
+        )
+    out = ops.matmul(x, ops.permute_dims(weight, (1, 0)))
+    return out if bias is None else out + bias
+
+
+def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+    """The axes from start_dim to end_dim made one (a view where possible)."""
+    if x.ndim == 0:
+        return ops.reshape(x, (1,))
+    first, last = normalize_axis(start_dim, x.ndim), normalize_axis(end_dim, x.ndim)
+    if first > last:
+        raise ShapeError(f"flatten needs start_dim <= end_dim, got {start_dim} and {end_dim} for shape {x.shape}")
+    return ops.reshape(x, (*x.shape[:first], math.prod(x.shape[first : last + 1]), *x.shape[last + 1 :]))
+
+
+def relu(x: Any) -> Any:
+    """``max(x, 0)``."""
+    return ops.relu(x)
+
+
+def leaky_relu(x: Any, negative_slope: float = 0.01) -> Any:
+    """``x`` where positive, else ``negative_slope * x``."""
+    return ops.leaky_relu(x, negative_slope)
+
+
+def gelu(x: Any, approximate: str = "none") -> Any:
+    """``x Phi(x)``, exact ("none") or by the formula with tanh ("tanh")."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+    return ops.gelu(x) if approximate == "none" else ops.gelu_tanh(x)
+
+
+def silu(x: Any) -> Any:
+    """``x sigmoid(x)``."""
+    return ops.silu(x)
+
+
+def tanh(x: Any) -> Any:
+    """``tanh(x)``."""
+    return ops.tanh(x)
+
+
+def sigmoid(x: Any) -> Any:
+    """``1 / (1 + exp(-x))``."""
+    return ops.sigmoid(x)
+
+
+def softmax(x: Any, dim: int = -1) -> Any:
+    """``exp(x) / sum(exp(x))`` along ``dim``."""
+    return ops.softmax(x, axis=dim)
+
+
+def log_softmax(x: Any, dim: int = -1) -> Any:
+    """``log(softmax(x))`` along ``dim``."""
+    return ops.log_softmax(x, axis=dim)
+
+
+def dropout(x: Any, p: float = 0.5, training: bool = True) -> Any:
+    """Each element zero with probability p, else divided by 1 - p. Takes one draw of the global counter in training."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability must be in [0, 1], got {p}")
+    if not training or p == 0.0:
+        return x
+    seed, counter = random.next_counter()
+    return ops.dropout(x, seed, counter, p=p)
+
+
+def batch_norm(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    eps: float = 1e-5,
+) -> Any:
+    """Normalised per channel by the batch's statistics (training, or no running ones) or the running ones.
+
+    The running statistics are only read here; ``nn.BatchNorm1d`` updates its own.
+    """
+    if training or running_mean is None:
+        return ops.batch_norm(x, weight, bias, eps=eps)[0]
+    return ops.batch_norm_inference(x, running_mean, running_var, weight, bias, eps=eps)
+
+
+def layer_norm(
+    x: Any, normalized_shape: tuple[int, ...], weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    """Normalised over the last axes; see ``brim.ops.layer_norm``."""
+    return ops.layer_norm(x, normalized_shape, weight, bias, eps=eps)
+
+
+def binary_cross_entropy_with_logits(
+    x: Any, target: Any, weight: Any = None, *, pos_weight: Any = None, reduction: str = "mean"
+) -> Any:
+    """See ``brim.ops.bce_with_logits``."""
+    return ops.bce_with_logits(x, target, weight, pos_weight=pos_weight, reduction=reduction)

@@ -1,0 +1,301 @@
+"""One body of tests over every row of the table of ops (optable.py, optable_*.py)."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import brim
+import brim.op
+from brim.backend import BoundKernel
+from brim.device import META, device
+from brim.op import REGISTRY
+from brim.ops.movement import permute_dims
+from brim.spec import DTYPES, Spec, is_complex, is_float
+from brim.tensor import Tensor, asarray
+from brim_cpu.device import CpuBackend
+from brim_cpu.registry import KERNELS
+from optable import FLOATS, TOLERANCE, Bad, Row, all_rows, enlarged, listing, with_shapes
+
+PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+ROWS = all_rows()
+ALLOCATED_BYTES = 64 * 1024
+
+
+def _ids(rows: Sequence[Row]) -> list[str]:
+    return [str(row) for row in rows]
+
+
+over_places = pytest.mark.parametrize("place", PLACES)
+over_rows = pytest.mark.parametrize("row", ROWS, ids=_ids(ROWS))
+CASES = [(row, dtype) for row in ROWS for dtype in row.dtypes]
+
+
+def _tuple(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def _tensors(arrays: Sequence[Any], place: str) -> list[Any]:
+    return [asarray(array, device=place) for array in arrays]
+
+
+def _wide(array: Any) -> Any:
+    """float64 or complex128 for the reference; integers and bools as they are."""
+    if is_float(array.dtype):
+        return array.astype(np.float64)
+    return array.astype(np.complex128) if is_complex(array.dtype) else array
+
+
+def _check_values(row: Row, dtype: str, arrays: Sequence[Any], outputs: Sequence[Any]) -> None:
+    if row.reference is None:
+        return
+    expected = _tuple(row.reference(*map(_wide, arrays), **row.params))
+    assert len(expected) == len(outputs)
+    for got, want in zip(outputs, expected, strict=True):
+        if want is None:
+            continue
+        host = got.numpy()
+        assert host.shape == np.shape(want)
+        rtol, atol = row.tolerances(dtype if dtype in TOLERANCE else str(got.dtype))
+        if host.dtype.kind in "biu":
+            np.testing.assert_array_equal(host, want)
+        else:
+            np.testing.assert_allclose(_wide(host), want, rtol, atol)
+
+
+def test_every_op_has_a_row() -> None:
+    covered = {name for row in ROWS for name in row.ops}
+    assert sorted(set(REGISTRY) - covered) == []
+    assert sorted(covered - set(REGISTRY)) == [], "rows of ops that do not exist"
+    assert not any("NO ROW" in line for line in listing())
+
+
+@over_places
+@pytest.mark.parametrize(("row", "dtype"), CASES, ids=[f"{row}-{dtype}" for row, dtype in CASES])
+def test_value_and_spec(row: Row, dtype: str, place: str) -> None:
+    arrays = row.arrays(dtype)
+    inputs = _tensors(arrays, place)
+    outputs = _tuple(row.run(*inputs))
+    for array, tensor in zip(arrays, inputs, strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), array, err_msg="an input was modified")
+    meta = device(META)
+    shadows = _tuple(row.run(*(Tensor(Spec(t.shape, t.dtype), meta) for t in inputs)))
+    assert [(s.shape, s.dtype) for s in shadows] == [(o.shape, o.dtype) for o in outputs]
+    if row.op is not None and row.op.arity is not None:
+        specs = row.op.infer([t.spec for t in inputs], row.params)
+        assert [(s.shape, s.dtype) for s in specs] == [(o.shape, o.dtype) for o in outputs]
+    _check_values(row, dtype, arrays, outputs)
+
+
+def _weighted(outputs: Sequence[Any], weights: Sequence[Any]) -> Any:
+    total: Any = None
+    for output, weight in zip(outputs, weights, strict=True):
+        if weight is not None:
+            part = (output * asarray(weight, device=output.device)).sum()
+            total = part if total is None else total + part
+    return total
+
+
+@over_places
+@pytest.mark.parametrize("row", [r for r in ROWS if r.differentiable()], ids=str)
+def test_gradient_against_differences(row: Row, place: str) -> None:
+    """One random direction: the slope of a weighted sum of the outputs, by central differences."""
+    arrays = row.arrays("float64")
+    rng = np.random.default_rng(1)
+    moved = [i for i, (a, spec) in enumerate(zip(arrays, row.inputs, strict=True)) if a.dtype == np.float64 and spec.grad]
+    inputs = _tensors(arrays, place)
+    for i in moved:
+        inputs[i].requires_grad = True
+    outputs = _tuple(row.run(*inputs))
+    weights = [rng.standard_normal(o.shape) if o.requires_grad else None for o in outputs]
+    flat_everywhere = all(w is None for w in weights)
+    assert not flat_everywhere, "no output depends on the inputs"
+    _weighted(outputs, weights).backward()
+    directions = {i: rng.standard_normal(arrays[i].shape) for i in moved}
+    slope = sum(
+        float(np.sum(inputs[i].grad.numpy() * directions[i])) for i in moved if inputs[i].grad is not None
+    )
+
+    def value(step: float) -> float:
+        there = [a + step * directions[i] if i in directions else a for i, a in enumerate(arrays)]
+        return float(_weighted(_tuple(row.run(*_tensors(there, place))), weights).item())
+
+    step = 1e-6
+    numeric = (value(step) - value(-step)) / (2 * step)
+    scale = sum(float(np.sum(np.abs(w))) for w in weights if w is not None) + abs(numeric)
+    assert slope == pytest.approx(numeric, rel=1e-6, abs=3e-8 * max(1.0, scale))
+
+
+def _strided(array: Any, place: str) -> Any:
+    """The same values laid out with gaps and reversed axes."""
+    if array.ndim == 0:
+        return asarray(array, device=place)
+    gaps = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
+    gaps[..., ::2] = array
+    order = tuple(reversed(range(array.ndim)))
+    stored = asarray(np.ascontiguousarray(gaps.transpose(order)), device=place)
+    index = tuple((0, 1, dim) for dim in array.shape[:-1]) + ((0, 2, array.shape[-1]),)
+    return REGISTRY["slice"](permute_dims(stored, order), index=index)
+
+
+@over_places
+@over_rows
+def test_layout_of_inputs_does_not_matter(row: Row, place: str) -> None:
+    dtype = row.dtypes[0]
+    arrays = row.arrays(dtype)
+    inputs = [_strided(array, place) for array in arrays]
+    for array, tensor in zip(arrays, inputs, strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), array)
+    if any(t.size > 1 and t.ndim for t in inputs):
+        assert any(not t.spec.contiguous for t in inputs)
+    _check_values(row, dtype, arrays, _tuple(row.run(*inputs)))
+
+
+RESIZABLE = [row for row in ROWS if row.resizable]
+
+
+@over_places
+@pytest.mark.parametrize("shape", [(0, 3), (0,), (1,), (), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("row", RESIZABLE, ids=_ids(RESIZABLE))
+def test_sizes_zero_and_one(row: Row, shape: tuple[int, ...], place: str) -> None:
+    row = with_shapes(row, [shape] * len(row.inputs))
+    dtype = row.dtypes[0]
+    arrays = row.arrays(dtype)
+    _check_values(row, dtype, arrays, _tuple(row.run(*_tensors(arrays, place))))
+
+
+REFUSED = [(row, bad) for row in ROWS for bad in row.bad]
+
+
+@over_places
+@pytest.mark.parametrize(("row", "bad"), REFUSED, ids=[f"{row}-{b.error.__name__}" for row, b in REFUSED])
+def test_bad_input_is_refused(row: Row, bad: Bad, place: str) -> None:
+    rng = np.random.default_rng(0)
+    inputs = _tensors([i.make(rng, bad.dtype) for i in bad.inputs], place)
+    params = bad.params or ({} if row.call is not None else row.params)
+    with pytest.raises(bad.error) as caught:
+        (row.op if row.call is None else row.call)(*inputs, **params)  # type: ignore[misc]
+    assert len(str(caught.value)) > 20, "the message says what was expected and what came"
+
+
+# ------------------------------------------------------------------------------------------- kernels on the CPU
+
+
+@pytest.fixture
+def fresh_plans() -> Iterator[None]:
+    """Kernels are looked up anew, before and after."""
+    brim.op._eager._plans.clear()
+    yield
+    brim.op._eager._plans.clear()
+
+
+WITH_BODY = [
+    row for row in ROWS if any(REGISTRY[n].kind == "composite" and n in KERNELS for n in row.ops if n in REGISTRY)
+]
+
+
+@pytest.mark.parametrize("row", WITH_BODY, ids=_ids(WITH_BODY))
+def test_kernel_of_a_composite_equals_its_body(row: Row, monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> None:
+    dtype = "float64" if "float64" in row.dtypes else row.dtypes[0]
+    arrays = row.arrays(dtype)
+    with_kernel = [o.numpy().copy() for o in _tuple(row.run(*_tensors(arrays, "cpu")))]
+    for name in [n for n in KERNELS if n in REGISTRY and REGISTRY[n].kind == "composite"]:
+        monkeypatch.delitem(KERNELS, name)
+    brim.op._eager._plans.clear()
+    with_body = [o.numpy() for o in _tuple(row.run(*_tensors(arrays, "cpu")))]
+    rtol, atol = row.tolerances(dtype)
+    for a, b in zip(with_kernel, with_body, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(_wide(a), _wide(b), rtol, atol)
+
+
+class _Meter:
+    """Binds kernels that measure what they allocate while they run, on top of what they declare."""
+
+    def __init__(self, bind: Callable[..., BoundKernel]) -> None:
+        self.bind, self.most_bytes, self.runs = bind, {}, 0
+
+    def __call__(self, backend: Any, op: Any, ins: Any, outs: Any, params: Any) -> BoundKernel:
+        bound = self.bind(backend, op, ins, outs, params)
+
+        def measured(*args: Any, **kwargs: Any) -> None:
+            bound.run(*args, **kwargs)  # once without measuring: caches of NumPy and Python fill
+            tracemalloc.start()
+            try:
+                bound.run(*args, **kwargs)
+                _, peak_bytes = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            excess = peak_bytes - bound.library_bytes
+            self.most_bytes[op.name] = max(excess, self.most_bytes.get(op.name, 0))
+            self.runs += 1
+
+        return replace(bound, run=measured)
+
+
+BIG = [(big, dtype) for row in ROWS if (big := enlarged(row)) for dtype in row.dtypes[:1] + row.dtypes[2:3]]
+
+
+@pytest.mark.parametrize(("row", "dtype"), BIG, ids=[f"{row}-{dtype}" for row, dtype in BIG])
+def test_kernels_allocate_nothing(row: Row, dtype: str, monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> None:
+    meter = _Meter(CpuBackend.bind)
+    monkeypatch.setattr(CpuBackend, "bind", lambda *args: meter(*args))
+    inputs = _tensors(row.arrays(dtype), "cpu")
+    row.run(*inputs)
+    if any(REGISTRY[name].kind != "view" for name in row.ops):
+        assert meter.runs > 0
+    assert {name: n for name, n in meter.most_bytes.items() if n > ALLOCATED_BYTES} == {}
+
+
+def test_the_meter_sees_allocations(monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> None:
+    def wasteful(backend: Any, op: Any, ins: Any, outs: Any, params: Any) -> BoundKernel:
+        return BoundKernel(lambda out, x, **_: np.copyto(out, np.exp(x * 1.0)))
+
+    meter = _Meter(wasteful)
+    monkeypatch.setattr(CpuBackend, "bind", lambda *args: meter(*args))
+    brim.ops.exp(asarray(np.zeros((1024, 1024), np.float32)))
+    assert meter.most_bytes["exp"] > 4_000_000
+
+
+# --------------------------------------------------------------------------------------------------- against PyTorch
+
+WITH_TORCH = [row for row in ROWS if row.torch is not None]
+
+
+def _torch_function(torch: Any, named: Any) -> Callable[..., Any]:
+    if not isinstance(named, str):
+        return lambda *tensors: named(torch, *tensors)
+    found: Any = torch
+    for part in named.split(".")[1:]:
+        found = getattr(found, part)
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("row", WITH_TORCH, ids=_ids(WITH_TORCH))
+def test_same_as_torch(row: Row) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch not installed")
+    dtype = "float64" if set(FLOATS) & set(row.dtypes) else row.dtypes[-1]
+    arrays = row.arrays(dtype, seed=2)
+    ours = _tensors(arrays, "cpu")
+    theirs = [torch.from_numpy(array.copy()) for array in arrays]
+    with_grad = row.torch_grad and row.differentiable()
+    for i, (array, spec) in enumerate(zip(arrays, row.inputs, strict=True)):
+        if with_grad and spec.grad and array.dtype == np.float64:
+            ours[i].requires_grad, theirs[i].requires_grad = True, True
+    got = _tuple(row.run(*ours))[0]
+    want = _torch_function(torch, row.torch)(*theirs)
+    rtol, atol = (1e-8, 1e-8) if DTYPES[dtype] == np.float64 else row.tolerances(dtype)
+    np.testing.assert_allclose(got.numpy(), want.detach().numpy(), rtol, atol)
+    if not (with_grad and got.requires_grad and want.requires_grad):
+        return
+    weights = np.random.default_rng(3).standard_normal(got.shape)
+    got.backward(asarray(weights))
+    want.backward(torch.from_numpy(np.asarray(weights)))
+    for mine, other in zip(ours, theirs, strict=True):
+        if other.grad is not None:
+            np.testing.assert_allclose(mine.grad.numpy(), other.grad.numpy(), rtol, atol)
