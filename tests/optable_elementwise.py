@@ -22,7 +22,9 @@ NOT_COMPLEX = Bad((X,), DTypeError, dtype="complex64")
 erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
-def _unary(name: str, reference: Any, x: In = X, torch: Any = None, complex_too: bool = False, **more: Any) -> list[Row]:
+def _unary(
+    name: str, reference: Any, x: In = X, torch: Any = None, complex_too: bool = False, **more: Any
+) -> list[Row]:
     bad = () if complex_too else (NOT_COMPLEX,)
     rows = [Row(name, (x,), reference, torch=torch, resizable=True, bad=bad, **more)]
     if complex_too:

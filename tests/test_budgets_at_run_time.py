@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from brim.errors import BudgetExceeded
 
 @pytest.fixture(autouse=True)
 def fresh_books() -> None:
+    gc.collect()  # an error kept by an earlier test hangs in a cycle with its frames
     brim.empty_cache()
     brim.reset_peak_memory()
 
@@ -44,7 +47,7 @@ def test_numpy_views_keep_the_block_alive() -> None:
 
 
 def test_a_refusal_changes_nothing_and_smaller_work_goes_on() -> None:
-    with brim.budget("8MiB"):
+    with brim.budget("9MiB"):
         x = brim.asarray(np.ones((1024, 1024), np.float32))
         before = live()
         with pytest.raises(BudgetExceeded, match="Nothing was allocated") as caught:

@@ -79,7 +79,7 @@ def erf(x: Any, out: Array, registers: list[Array]) -> None:
     _polynomial(bottom, mask, _Q1)
     np.divide(near, bottom, out=near)
     np.multiply(near, size, out=near)
-    flags = mask.view(np.bool_)[..., : mask.shape[-1]] if mask.ndim else mask.view(np.bool_)
+    flags = mask.reshape(-1).view(np.bool_)[: mask.size].reshape(mask.shape)
     np.greater(size, kind(_SPLIT), out=flags)
     np.copyto(near, top, where=flags)
     np.copysign(near, x, out=out)

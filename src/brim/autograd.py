@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from brim.context import context, layer_scope, set_grad_enabled
-from brim.errors import BrimError, ShapeError
+from brim.errors import BrimError, BudgetExceeded, ShapeError
 from brim.op import Op
 from brim.ops.movement import sum_to
 from brim.spec import Spec, is_float
@@ -112,6 +112,14 @@ class Node:
         outs = [spec if kept is None else kept.get(self) for kept, spec in zip(kept_out, self.out_specs, strict=True)]
         if self.op.arity is None:
             ins = [tuple(ins)]
+        try:
+            return self._entries(grads, ins, outs)
+        except BudgetExceeded as refusal:
+            # A frame keeps its function, and that the variables it closes over: without these inner frames nothing
+            # of the failed computation stays alive with the error.
+            raise refusal.with_traceback(None) from None
+
+    def _entries(self, grads: Sequence[Any], ins: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
         assert self.op.vjp is not None
         result = self.op.vjp(*grads, *ins, *outs, **self.params)
         found = list(result) if isinstance(result, tuple | list) else [result]

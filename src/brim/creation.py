@@ -144,7 +144,8 @@ def arange(
     Raises:
         ValueError: step is 0, or a bound is not finite.
     """
-    first, last, by = (_number(v, "a bound of arange") for v in ((0, start, step) if stop is None else (start, stop, step)))
+    bounds = (0, start, step) if stop is None else (start, stop, step)
+    first, last, by = (_number(v, "a bound of arange") for v in bounds)
     if isinstance(first, complex) or isinstance(last, complex) or isinstance(by, complex):
         raise DTypeError("arange is not defined for complex numbers")
     if by == 0 or not all(map(math.isfinite, (first, last, by))):

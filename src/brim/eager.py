@@ -145,12 +145,14 @@ class Eager:
         if given:
             _check_out(op, plan.out_specs, given, args)
         kernel = plan.kernel
-        outputs = tuple(
-            given[i]
-            if given and given[i] is not None and _writable_directly(plan, given[i], args)
-            else empty(spec.shape, dtype=spec.dtype, device=place, op=op.name)
-            for i, spec in enumerate(plan.out_specs)
-        )
+        # A plain loop: the frame of a generator expression would keep the inputs alive in a refusal's traceback.
+        made: list[Tensor] = []
+        for i, spec in enumerate(plan.out_specs):
+            target = given[i] if given else None
+            if target is None or not _writable_directly(plan, target, args):
+                target = empty(spec.shape, dtype=spec.dtype, device=place, op=op.name)
+            made.append(target)
+        outputs = tuple(made)
         if kernel is None:
             return outputs
         if plan.copies:
@@ -165,10 +167,10 @@ class Eager:
             scratch = place.backend.view(
                 block.buffer, block.offset_bytes, Spec((kernel.scratch_bytes,), np.dtype("u1"))
             )
-        target = outputs[0].array if op.outputs == 1 else tuple(o.array for o in outputs)
-        kernel.run(target, *arrays, scratch=scratch, **params)
+        written = outputs[0].array if op.outputs == 1 else tuple(o.array for o in outputs)
+        kernel.run(written, *arrays, scratch=scratch, **params)
         if given:
-            outputs = tuple(_deliver(made, want) for made, want in zip(outputs, given, strict=True))
+            outputs = tuple(_deliver(result, want) for result, want in zip(outputs, given, strict=True))
         return outputs
 
     def _run_body(self, op: Op, args: Sequence[Any], params: dict[str, Any], out: Any) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ def fill(out: Array, value: Any, scratch: Any = None, *, shape: Any, dtype: Any,
     out.fill(value)
 
 
-@kernel("iota", library=lambda ins, outs, **params: 8 * min(params["count"], BLOCK_ELEMENTS) + 1024)
+@kernel("iota", library=lambda ins, outs, **params: 8 * min(params["count"], BLOCK_ELEMENTS) + 4096)
 def iota(
     out: Array, start: Any, step: Any, scratch: Any = None, *, count: int, last: Any, dtype: Any, device: str
 ) -> None:
@@ -27,5 +27,6 @@ def iota(
         np.multiply(block, step, out=block)
         np.add(block, start, out=block)
         np.copyto(out[first : first + len(block)], block, casting="unsafe")
+        del block  # before the next one is made
     if last is not None:
         out[-1] = last

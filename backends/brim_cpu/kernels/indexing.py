@@ -43,9 +43,7 @@ def _three_axes(out: Array, axis: int) -> tuple[int, int, int]:
 
 
 @kernel("index_add", contiguous=(1, 2), aliasing=True)
-def index_add(
-    out: Array, x: Any, indices: Array, values: Array, scratch: Any = None, *, axis: int, size: int
-) -> None:
+def index_add(out: Array, x: Any, indices: Array, values: Array, scratch: Any = None, *, axis: int, size: int) -> None:
     _check(indices, size, axis)
     if out is not x:
         np.copyto(out, x, casting="unsafe")

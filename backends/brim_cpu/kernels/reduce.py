@@ -61,7 +61,7 @@ def _reduction(name: str, ufunc: Any, start: Callable[[np.dtype[Any]], Any]) -> 
             return
         total, converted, partial = carve(scratch, *_parts(x, axes, compute))
         total.fill(start(compute))
-        for index in blocks(x.shape):
+        for index in blocks(x.shape) if x.size else ():
             _add_block(ufunc, total, x, index, axes, converted, partial)
         np.copyto(out, total.reshape(out.shape), casting="unsafe")
 

@@ -8,13 +8,17 @@ from typing import Any
 from brim import ops, random
 from brim.errors import ShapeError
 from brim.ops.loss import cross_entropy, huber_loss, l1_loss, mse_loss, nll_loss
+from brim.ops.pool import avg_pool2d, max_pool2d
 from brim.spec import normalize_axis
 
 __all__ = [
+    "avg_pool2d",
     "batch_norm",
     "binary_cross_entropy_with_logits",
+    "conv2d",
     "cross_entropy",
     "dropout",
+    "embedding",
     "flatten",
     "gelu",
     "huber_loss",
@@ -23,6 +27,7 @@ __all__ = [
     "leaky_relu",
     "linear",
     "log_softmax",
+    "max_pool2d",
     "mse_loss",
     "nll_loss",
     "relu",
@@ -135,3 +140,15 @@ def binary_cross_entropy_with_logits(
 ) -> Any:
     """See ``brim.ops.bce_with_logits``."""
     return ops.bce_with_logits(x, target, weight, pos_weight=pos_weight, reduction=reduction)
+
+
+def conv2d(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Any:
+    """See ``brim.ops.conv2d``."""
+    return ops.conv2d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+def embedding(index: Any, weight: Any, padding_idx: int | None = None) -> Any:
+    """``weight[index]``; see ``brim.ops.embedding``."""
+    return ops.embedding(index, weight, padding_idx=padding_idx)

@@ -45,8 +45,8 @@ _take: Op = primitive(
 
 
 def _write_spec(x: Spec | Scalar, indices: Spec, values: Spec | Scalar, *, axis: int, size: int) -> Spec:
-    """``indices`` is (1, n) and ``values`` has one axis more than ``x``: never the same spec as the result, so that
-    an in-place write can only ever be over ``x``."""
+    # ``indices`` is (1, n) and ``values`` has one axis more than ``x``: never the same spec as the result, so that an
+    # in-place write can only ever be over ``x``.
     if isinstance(values, Spec):
         shape = (*values.shape[:axis], size, *values.shape[axis + 2 :])
         want = (*values.shape[:axis], 1, indices.shape[1], *values.shape[axis + 2 :])
@@ -112,7 +112,7 @@ def take(x: Any, indices: Any, axis: int | None = None) -> Any:
     return _take(x, _as_indices(indices), axis=normalize_axis(axis or 0, x.ndim))
 
 
-def _write_along(op: Any, x: Any, indices: Any, values: Any, axis: int, out: Any = None) -> Any:
+def _write_along(op: Any, x: Any, indices: Any, values: Any, axis: int) -> Any:
     axis = normalize_axis(axis, x.ndim)
     where_to = _as_indices(indices)
     count = int(where_to.size)
@@ -125,7 +125,7 @@ def _write_along(op: Any, x: Any, indices: Any, values: Any, axis: int, out: Any
             raise ShapeError(f"values of shape {values.shape} do not broadcast to the {shape} to be written") from error
         values = reshape(values, (*x.shape[:axis], 1, count, *x.shape[axis + 1 :]))
     args = (x, reshape(where_to, (1, count)), values)
-    return op(*args, axis=axis, size=x.shape[axis]) if out is None else op.into(out, *args, axis=axis, size=x.shape[axis])
+    return op(*args, axis=axis, size=x.shape[axis])
 
 
 def index_add(x: Any, indices: Any, values: Any, axis: int = 0) -> Any:
@@ -267,7 +267,7 @@ def _expand_entries(shape: Shape, index: Any) -> list[Any]:
         elif entry is None or isinstance(entry, slice):
             used += entry is not None
         elif isinstance(entry, bool | np.bool_):
-            raise IndexError("True and False cannot index an axis; use a mask of the axis' size, or None for a new axis")
+            raise IndexError("True and False cannot index an axis; use a mask of its size, or None for a new axis")
         elif isinstance(entry, int | np.integer):
             entry, used = int(entry), used + 1
         else:
@@ -296,13 +296,13 @@ def _mask_indices(shape: Shape, used: int, mask: Any, after_ellipsis: bool, inde
         raise IndexError("a mask without axes cannot index; use x * mask or brim.where")
     first = used
     if after_ellipsis:
-        rest = index[[i for i, e in enumerate(index) if e is mask][0] :]
+        rest = index[next(i for i, e in enumerate(index) if e is mask) :]
         first = len(shape) - sum(
             e.ndim if getattr(getattr(e, "dtype", None), "kind", "") == "b" else e is not None for e in rest
         )
     want = shape[first : first + mask.ndim]
     if tuple(mask.shape) != want:
-        raise IndexError(f"a mask of shape {tuple(mask.shape)} cannot index axes of shape {want} (tensor of shape {shape})")
+        raise IndexError(f"a mask of shape {tuple(mask.shape)} cannot index axes of shape {want} of a tensor {shape}")
     host = mask.detach().numpy() if hasattr(mask, "spec") else np.asarray(mask)
     return list(np.nonzero(host))
 
@@ -314,8 +314,8 @@ def _basic(x: Any, index: _Index) -> Any:
     return _slice(x, index=slices)
 
 
-def _one_axis(view: Any, index: _Index) -> tuple[Shape, Any, Any]:
-    """Bring the indexed axes to the front and make them one: (order of axes, tensor, flat indices)."""
+def _one_axis(view: Any, index: _Index) -> tuple[Any, Any]:
+    """Bring the indexed axes to the front and make them one: (tensor, flat indices)."""
     order = (*index.axes, *index.kept)
     dropped = tuple(a for a in range(view.ndim) if a not in order)
     y = permute_dims(view, order + dropped) if order + dropped != tuple(range(view.ndim)) else view
@@ -325,7 +325,7 @@ def _one_axis(view: Any, index: _Index) -> tuple[Shape, Any, Any]:
     for k, (array, size) in enumerate(zip(index.arrays, sizes, strict=True)):
         part = _positions(array, size=size, stride=math.prod(sizes[k + 1 :]), axis=index.axes[k])
         at = part if at is None else add(at, part)
-    return order, y, at
+    return y, at
 
 
 def get_item(x: Any, index: Any) -> Any:
@@ -338,13 +338,13 @@ def get_item(x: Any, index: Any) -> Any:
     view = _basic(x, found)
     if not found.arrays:
         return view if view.shape == found.shape else reshape(view, found.shape)
-    if len(found.arrays) == 1 and found.axes[0] in range(x.ndim):
+    if len(found.arrays) == 1:
         axis = found.axes[0]
         dropped = [a for a in range(x.ndim) if a != axis and a not in found.kept]
         if not dropped:
             out = _take(view, found.arrays[0], axis=axis)
             return out if out.shape == found.shape else reshape(out, found.shape)
-    order, y, at = _one_axis(view, found)
+    y, at = _one_axis(view, found)
     out = _take(y, at, axis=0)
     # the arrays' axes are in front; NumPy leaves them where the arrays stood if those are neighbours
     ndim = at.ndim
@@ -428,16 +428,18 @@ def _put_arrays(x: Any, index: _Index, values: Any) -> None:
     at = reshape(broadcast_to(at, spread), (math.prod(spread),) + (1,) * len(counts))
     inner: Any = np.full((1,) * len(counts), base, dtype=np.int64)
     for k, axis in enumerate(index.kept):
-        start, step, count = index.slices[axis]
+        _, step, count = index.slices[axis]
         line = np.arange(count, dtype=np.int64) * (step * strides[axis])
         inner = inner + line.reshape((1,) * k + (count,) + (1,) * (len(counts) - 1 - k))
     at = add(at, inner) if counts or base else at
     total = values.size
     flat = reshape(x, (x.size,))
     at, values = reshape(at, (1, total)), reshape(values, (1, total))
-    if x.spec.contiguous and flat._block is x._block and not (context.grad_enabled and (
-        x.requires_grad or values.requires_grad
-    )):
+    if (
+        x.spec.contiguous
+        and flat._block is x._block
+        and not (context.grad_enabled and (x.requires_grad or values.requires_grad))
+    ):
         _put.into(flat.detach(), flat.detach(), at, values, axis=0, size=x.size)
         return
     made = reshape(_put(flat, at, values, axis=0, size=x.size), x.shape)
@@ -449,10 +451,7 @@ def _put_arrays(x: Any, index: _Index, values: Any) -> None:
 
 def _become(x: Any, made: Any) -> None:
     """Write ``made`` into ``x`` and give ``x`` its history."""
-    set_slice.into(
-        x, x, expand_dims(made, 0), index=tuple((0, 1, dim) for dim in x.shape), shape=x.shape
-    )
+    set_slice.into(x, x, expand_dims(made, 0), index=tuple((0, 1, dim) for dim in x.shape), shape=x.shape)
 
 
 __all__ = ["gather", "get_item", "index_add", "put", "scatter_add", "set_item", "take"]
-

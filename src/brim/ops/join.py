@@ -1,4 +1,4 @@
-"""Ops that put tensors together, take them apart or repeat them: concat, stack, split, tile, repeat, roll, pad, triangles."""
+"""Ops that put tensors together, take them apart or repeat them: concat, split, tile, repeat, roll, pad, triangles."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def _concat_grad(g: Any, _xs: Any, _out: Any, *, axis: int) -> list[Any]:
     return found
 
 
-_concat: Op = primitive("concat", _concat_spec, vjp=_concat_grad, arity=None, doc="tensors one after another along an axis")
+_concat: Op = primitive(
+    "concat", _concat_spec, vjp=_concat_grad, arity=None, doc="tensors one after another along an axis"
+)
 
 
 def concat(xs: Sequence[Any], axis: int | None = 0) -> Any:
@@ -63,9 +65,7 @@ def stack(xs: Sequence[Any], axis: int = 0) -> Any:
     parts = list(xs)
     for position, x in enumerate(parts):
         if x.shape != parts[0].shape:
-            raise ShapeError(
-                f"stack needs equal shapes; input 0 has {parts[0].shape}, input {position} has {x.shape}"
-            )
+            raise ShapeError(f"stack needs equal shapes; input 0 has {parts[0].shape}, input {position} has {x.shape}")
     return concat([expand_dims(x, axis) for x in parts], normalize_axis(axis, parts[0].ndim + 1) if parts else 0)
 
 

@@ -170,7 +170,7 @@ set_slice: Op = primitive(
     arity=2,
     doc="x (or one number everywhere) with values written into a slice; values have a leading axis of size 1",
 )
-"""The transpose of a slice. ``values`` has one axis more than ``x``, so that the two can never share memory in place."""
+# The transpose of a slice. ``values`` has one axis more than ``x``, so the two can never share memory in place.
 
 _slice: Op = view(
     "slice",

@@ -94,8 +94,12 @@ def _position_spec(x: Spec, *, axis: int | None, keepdims: bool) -> Spec:
 _prod: Op = primitive("prod", _same_spec, vjp=_prod_grad, doc="product over axes")
 _any: Op = primitive("any", _bool_spec, doc="True where any element over the axes is not zero")
 _all: Op = primitive("all", _bool_spec, doc="True where no element over the axes is zero")
-_argmax: Op = primitive("argmax", _position_spec, doc="position of the first largest; of the first NaN where there is one")
-_argmin: Op = primitive("argmin", _position_spec, doc="position of the first smallest; of the first NaN where there is one")
+_argmax: Op = primitive(
+    "argmax", _position_spec, doc="position of the first largest; of the first NaN where there is one"
+)
+_argmin: Op = primitive(
+    "argmin", _position_spec, doc="position of the first smallest; of the first NaN where there is one"
+)
 
 
 def _logsumexp_grad(g: Any, x: Any, out: Any, *, axes: tuple[int, ...], keepdims: bool) -> Any:

@@ -67,7 +67,7 @@ def topk(x: Any, k: int, axis: int = -1, *, largest: bool = True) -> tuple[Any, 
     count = operator.index(k)
     axis = normalize_axis(axis, x.ndim)
     if not 0 <= count <= x.shape[axis]:
-        raise ShapeError(f"topk with k={count} of axis {axis} of size {x.shape[axis]}: k must lie in 0..{x.shape[axis]}")
+        raise ShapeError(f"topk of axis {axis} needs k in 0..{x.shape[axis]} (its size), got {count}")
     indices = slice_axis(argsort(x, axis, descending=largest), axis, 0, 1, count)
     return gather(x, indices, axis), indices
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from brim.ops.optim import adam_update, amsgrad_update
+from brim.ops.update_rules import adam_update, amsgrad_update
 from brim.optim.optimizer import Optimizer, check_range
 from brim.tensor import Tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from brim.ops.optim import sgd_momentum_update, sgd_update
+from brim.ops.update_rules import sgd_momentum_update, sgd_update
 from brim.optim.optimizer import Optimizer, check_range
 from brim.tensor import Tensor
 

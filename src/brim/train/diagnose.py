@@ -26,22 +26,23 @@ def first_non_finite(model: Any, inputs: Any) -> str:
         if not all_finite(param):
             return f"parameter {name} is not finite: the step before was too large"
     found: list[str] = []
-    handles = []
 
-    def hook(path: str) -> Any:
-        def look(module: Any, given: Any, output: Any) -> None:
+    def watched(path: str, module: Any, forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
             if not found and isinstance(output, Tensor) and not all_finite(output):
                 found.append(f"the first output that is not finite is that of layer {path} ({type(module).__name__})")
+            return output
 
-        return look
+        return run
 
-    for path, module in model.named_modules():
-        if path and not any(True for _ in module.children()):
-            handles.append(module.register_forward_hook(hook(path)))
+    leaves = [(path, m) for path, m in model.named_modules() if path and not any(True for _ in m.children())]
+    for path, module in leaves:
+        object.__setattr__(module, "forward", watched(path, module, module.forward))
     try:
         with no_grad():
             model(inputs)
     finally:
-        for handle in handles:
-            handle.remove()
+        for _, module in leaves:
+            object.__delattr__(module, "forward")
     return found[0] if found else "every layer's output is finite; the loss itself is not"

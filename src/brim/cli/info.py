@@ -1,0 +1,59 @@
+"""``brim info``: what this machine and this installation offer, and what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import brim
+from brim.device import available_backends, device
+from brim.errors import BrimError
+from brim.memory.host import read_host_memory
+from brim.units import format_bytes
+
+__all__ = ["run"]
+
+_PACKAGES = ("numpy", "ml_dtypes", "opt_einsum", "safetensors", "psutil", "rich", "cyclopts", "pooch", "cupy")
+_EXTRAS = {
+    "pooch": "downloads of data sets: pip install 'brim[data]'",
+    "cupy": "NVIDIA GPUs: pip install 'brim[cuda12]' or 'brim[cuda13]' (as the driver allows)",
+}
+
+
+def run() -> int:
+    """Print; returns the exit code."""
+    print(f"brim      {brim.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"packages  {', '.join(f'{name} {_version(name)}' for name in _PACKAGES if find_spec(name))}")
+    print(f"threads   {_cpus()} processors for this process; OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}")
+    host = read_host_memory()
+    print(
+        f"memory    {format_bytes(host.limit_bytes)} at most, {format_bytes(host.available_bytes)} available without swap"
+    )
+    for kind in sorted(available_backends()):
+        try:
+            found = device(kind)
+        except (BrimError, ImportError) as error:
+            print(f"device    {kind}: not usable: {error}")
+            continue
+        limit = found.memory.limit_bytes
+        print(
+            f"device    {found}: budget {found.memory.budget}"
+            f"{'' if limit is None else f' = {format_bytes(limit)}'}"
+        )
+    for name, how in _EXTRAS.items():
+        if find_spec(name) is None:
+            print(f"missing   {name}, for {how}")
+    return 0
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(version unknown)"
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

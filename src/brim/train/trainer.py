@@ -1,0 +1,399 @@
+"""Trainer: fit, evaluate and predict with a model; saves what a killed run needs to continue bit for bit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brim import random
+from brim.autograd import no_grad
+from brim.data import DataLoader
+from brim.device import device as find_device
+from brim.errors import CheckpointError
+from brim.io import check_compatible, latest_checkpoint, load_checkpoint
+from brim.memory.budget import BudgetLike
+from brim.memory.guard import give_back_on_refusal
+from brim.nn import CrossEntropyLoss, Module
+from brim.optim import Optimizer, ReduceLROnPlateau, clip_grad_norm_
+from brim.tensor import Tensor, asarray
+from brim.train.callbacks import Callback, improved
+from brim.train.diagnose import first_non_finite
+from brim.train.interrupt import on_interrupt
+from brim.train.metrics import Averages, Metric, find_metrics
+from brim.train.progress import Progress
+from brim.train.run_folder import RunFolder
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Trains a model and keeps the books.
+
+    Arguments:
+        model: the model; moved to ``device`` if one is given.
+        optimizer: of the model's parameters.
+        loss: ``loss(outputs, targets)``; cross entropy when None.
+        budget: memory budget in force while fitting, evaluating and predicting (see ``brim.memory.budget``).
+        metrics: names in ``brim.train.METRICS``, or functions of two NumPy arrays.
+        schedule: stepped after each epoch; ReduceLROnPlateau gets the validation loss.
+        clip_norm: clip the norm of the gradients to this.
+        accumulate: batches whose gradients make one step.
+        callbacks: see ``brim.train.Callback``.
+        seed: of the order of the samples.
+        device: where to train.
+        progress: print progress.
+
+    Attributes:
+        history: one dict per epoch: epoch, step, lr, loss, metrics, and with ``val_`` those of the validation.
+        epoch, step: epochs and optimizer steps done.
+        stopped: why the training ended early, or an empty string.
+        interrupted: whether Ctrl-C ended it.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        optimizer: Optimizer,
+        loss: Any = None,
+        budget: BudgetLike | None = None,
+        metrics: Iterable[str | Metric] = ("accuracy",),
+        schedule: Any = None,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        callbacks: Iterable[Callback] = (),
+        seed: int = 0,
+        device: Any = None,
+        progress: bool = True,
+    ) -> None:
+        if accumulate < 1:
+            raise ValueError(f"accumulate: expected 1 or more batches, got {accumulate!r}")
+        self.model = model if device is None else model.to(device)
+        self.optimizer, self.schedule = optimizer, schedule
+        self.loss = CrossEntropyLoss() if loss is None else loss
+        self.budget, self.metrics = budget, find_metrics(metrics)
+        self.clip_norm, self.accumulate, self.seed = clip_norm, accumulate, seed
+        self.callbacks, self.progress = list(callbacks), progress
+        first = next(iter(model.parameters()), None)
+        self.device = first.device if first is not None else find_device(device)
+        self.history: list[dict[str, Any]] = []
+        self.epoch = self.step = 0
+        self.stopped, self.interrupted = "", False
+        self.elapsed_s = 0.0
+        self._averages = Averages()
+        self._best: float | None = None
+        self._loader_state: dict[str, Any] | None = None
+
+    # ---------------------------------------------------------------- training
+
+    def fit(
+        self,
+        train: Any,
+        epochs: int,
+        validation: Any = None,
+        batch_size: int = 64,
+        out: str | Path | None = None,
+        resume: bool = False,
+        checkpoint_every: int | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Train for ``epochs`` epochs; after a resume or ``load``, up to ``epochs`` in all.
+
+        Arguments:
+            train: a dataset of (inputs, targets), shuffled each epoch, or a DataLoader.
+            epochs: how many.
+            validation: a dataset to evaluate after each epoch.
+            batch_size: samples in a batch, where ``train`` is a dataset.
+            out: folder for config.json, metrics.jsonl, summary.json, model.safetensors, log.txt and checkpoints.
+            resume: continue from the newest checkpoint in ``out``, if there is one.
+            checkpoint_every: also save a checkpoint every so many steps.
+            config: hyper-parameters to record in config.json beside the Trainer's own.
+
+        Returns:
+            The history.
+
+        Raises:
+            BudgetExceeded: a step does not fit the budget; the memory it took is given back.
+            FloatingPointError: the loss is not finite; the message names the layer. Checkpoints are untouched.
+            CheckpointError: the checkpoint in ``out`` is damaged or of another model.
+        """
+        if epochs < 1:
+            raise ValueError(f"epochs: expected 1 or more, got {epochs!r}")
+        loader = train if isinstance(train, DataLoader) else self._loader(train, batch_size, shuffle=True)
+        folder = None if out is None else RunFolder(out, {**self._config(loader, epochs), **(config or {})})
+        if resume and folder is not None and (found := latest_checkpoint(folder.path, "last")) is not None:
+            self.load(found)
+            folder.keep_metrics(len(self.history))
+        goal = epochs if self._loader_state is not None else self.epoch + epochs
+        if self._loader_state is not None:
+            loader.load_state_dict(self._loader_state)
+            self._loader_state = None
+        self.stopped, self.interrupted = "", False
+        memory = self.device.memory
+        memory.reset_peak()
+        log = None if folder is None else folder.log
+        with self._limited(), on_interrupt(self._ask_to_stop):
+            progress = Progress(goal, loader.num_samples, self._memory, self.progress, log)
+            try:
+                for callback in self.callbacks:
+                    callback.on_fit_begin(self)
+                while self.epoch < goal and not self.stopped:
+                    self._run_epoch(loader, validation, folder, progress, checkpoint_every)
+                for callback in self.callbacks:
+                    callback.on_fit_end(self)
+                if self.stopped:
+                    progress.message(f"stopped after epoch {self.epoch}, step {self.step}: {self.stopped}")
+            finally:
+                progress.close()
+            if folder is not None:
+                folder.finish(self._model_arrays(), self._summary())
+        return self.history
+
+    def stop(self, reason: str) -> None:
+        """End the training after this step or epoch."""
+        self.stopped = self.stopped or reason
+
+    def _ask_to_stop(self) -> None:
+        self.interrupted = True
+        self.stop("interrupted by Ctrl-C")
+
+    def _run_epoch(
+        self, loader: DataLoader, validation: Any, folder: RunFolder | None, progress: Progress, every: int | None
+    ) -> None:
+        start_s, batches = time.perf_counter(), len(loader)
+        self.model.train()
+        for inputs, targets in loader:
+            position = loader.position
+            with give_back_on_refusal():
+                begun = (position - 1) // self.accumulate * self.accumulate
+                share = min(self.accumulate, batches - begun)
+                loss = self._batch(inputs, targets, 1.0 / share)
+                stepped = position % self.accumulate == 0 or position == batches
+                if stepped:
+                    self._update()
+            progress.step(self.epoch, position * loader.batch_size, len(targets), self._averages.means())
+            if not stepped:
+                continue
+            for callback in self.callbacks:
+                callback.on_step_end(self, loss)
+            if folder is not None and every and self.step % every == 0:
+                self._checkpoint(folder, "last", loader, 2)
+            if self.stopped and position < batches:
+                if folder is not None:
+                    self._checkpoint(folder, "last", loader, 2)
+                return
+        elapsed_s = time.perf_counter() - start_s
+        self.elapsed_s += elapsed_s
+        record: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **self._averages.means(),
+        }
+        if validation is not None:
+            found = self._evaluate(validation, loader.batch_size)
+            record |= {f"val_{name}": value for name, value in found.items()}
+        self._end_epoch(record, loader, folder, progress, elapsed_s)
+
+    def _end_epoch(
+        self,
+        record: dict[str, Any],
+        loader: DataLoader,
+        folder: RunFolder | None,
+        progress: Progress,
+        elapsed_s: float,
+    ) -> None:
+        progress.epoch(self.epoch, {k: v for k, v in record.items() if k not in ("epoch", "step")})
+        watched = record.get("val_loss", record["loss"])
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(watched)
+        elif self.schedule is not None:
+            self.schedule.step()
+        self._averages = Averages()
+        self.epoch += 1
+        self.history.append(record)
+        for callback in self.callbacks:
+            callback.on_epoch_end(self, record)
+        better = improved(watched, self._best)
+        self._best = watched if better else self._best
+        if folder is not None:
+            folder.append_metrics({**record, "elapsed_s": elapsed_s})
+            if better:
+                self._checkpoint(folder, "best", loader, 1)
+            self._checkpoint(folder, "last", loader, 2)
+
+    def _batch(self, inputs: Any, targets: Any, share: float) -> float:
+        outputs = self.model(inputs)
+        loss = self.loss(outputs, targets)
+        value = float(loss.item())
+        if not math.isfinite(value):
+            where = first_non_finite(self.model, inputs)
+            raise FloatingPointError(
+                f"the loss is {value} at step {self.step + 1}: {where}; lower the learning rate, or set clip_norm"
+            )
+        self._averages.add(len(targets), {"loss": value, **self._measure(outputs, targets)})
+        (loss if share == 1.0 else loss * share).backward()
+        return value
+
+    def _measure(self, outputs: Any, targets: Any) -> dict[str, float]:
+        if not self.metrics:
+            return {}
+        host, wanted = outputs.detach().numpy(), targets.numpy()
+        return {name: float(metric(host, wanted)) for name, metric in self.metrics.items()}
+
+    def _update(self) -> None:
+        if self.clip_norm is not None:
+            clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    # ---------------------------------------------------------------- using the model
+
+    def evaluate(self, dataset: Any, batch_size: int = 256) -> dict[str, float]:
+        """Mean loss and metrics over a dataset, in evaluation mode."""
+        with self._limited():
+            return self._evaluate(dataset, batch_size)
+
+    def _evaluate(self, dataset: Any, batch_size: int) -> dict[str, float]:
+        averages = Averages()
+        with self._evaluating(), give_back_on_refusal():
+            for inputs, targets in self._loader(dataset, batch_size, shuffle=False):
+                outputs = self.model(inputs)
+                loss = float(self.loss(outputs, targets).item())
+                averages.add(len(targets), {"loss": loss, **self._measure(outputs, targets)})
+        return averages.means()
+
+    def predict(self, inputs: Any, batch_size: int = 256) -> np.ndarray[Any, Any]:
+        """The model's outputs for an array of inputs (N, ...) or a dataset, in evaluation mode, as one array."""
+        outputs = []
+        with self._limited(), self._evaluating(), give_back_on_refusal():
+            if isinstance(inputs, Tensor):
+                inputs = inputs.numpy()
+            if isinstance(inputs, np.ndarray):
+                starts = range(0, len(inputs), batch_size)
+                batches: Iterable[Any] = (asarray(inputs[i : i + batch_size], device=self.device) for i in starts)
+            else:
+                batches = (batch[0] for batch in self._loader(inputs, batch_size, shuffle=False))
+            for batch in batches:
+                outputs.append(np.array(self.model(batch).detach().numpy()))
+        if not outputs:
+            raise ValueError("predict: there are no inputs")
+        return np.concatenate(outputs)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        before = self.model.training
+        self.model.eval()
+        try:
+            with no_grad():
+                yield
+        finally:
+            self.model.train(before)
+
+    def _loader(self, dataset: Any, batch_size: int, shuffle: bool) -> DataLoader:
+        if isinstance(dataset, DataLoader):
+            return dataset
+        return DataLoader(dataset, batch_size, shuffle=shuffle, seed=self.seed, device=self.device)
+
+    def _limited(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.budget is None else self.device.memory.lowered(self.budget)
+
+    def _memory(self) -> tuple[int, int | None]:
+        return self.device.memory.ledger.live_bytes, self.device.memory.limit_bytes
+
+    # ---------------------------------------------------------------- saving
+
+    def save(self, folder: str | Path) -> Path:
+        """Save a checkpoint and model.safetensors to a folder; returns the checkpoint's path."""
+        run = RunFolder(folder, self._config(None, self.epoch))
+        path = self._checkpoint(run, "last", None, 2)
+        run.finish(self._model_arrays(), self._summary())
+        return path
+
+    def load(self, path: str | Path) -> None:
+        """Restore everything from a checkpoint, or from the newest one of a run's folder.
+
+        Raises:
+            CheckpointError: none there, damaged, or of another model.
+        """
+        checkpoint = load_checkpoint(latest_checkpoint(path, "last") or path)
+        arrays, state = checkpoint.arrays_by_part["model"], checkpoint.state
+        own = self.model.state_dict()
+        check_compatible(
+            {name: (value.shape, value.dtype) for name, value in own.items()},
+            {name: (value.shape, value.dtype) for name, value in arrays.items()},
+            str(checkpoint.path),
+        )
+        if len(state["callbacks"]) != len(self.callbacks):
+            raise CheckpointError(
+                f"{checkpoint.path}: saved with {len(state['callbacks'])} callbacks, there are {len(self.callbacks)}"
+            )
+        self.optimizer.load_state(checkpoint.arrays_by_part.get("optimizer", {}), state["optimizer"])
+        self.model.load_state_dict(arrays)
+        if self.schedule is not None and state["schedule"] is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        for callback, saved in zip(self.callbacks, state["callbacks"]):
+            callback.load_state_dict(saved)
+        random.set_state(state["random"])
+        self.history = list(state["history"])
+        self.epoch, self.step, self._best = state["epoch"], state["step"], state["best"]
+        self.elapsed_s = state["elapsed_s"]
+        self._averages.load_state_dict(state["averages"])
+        self._loader_state = state["loader"]
+
+    def _checkpoint(self, folder: RunFolder, series: str, loader: DataLoader | None, keep: int) -> Path:
+        arrays = {"model": self._model_arrays(), "optimizer": self.optimizer.state_arrays()}
+        state = {
+            "optimizer": self.optimizer.state_settings(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "random": random.get_state(),
+            "loader": None if loader is None else loader.state_dict(),
+            "history": self.history,
+            "averages": self._averages.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self._best,
+            "elapsed_s": self.elapsed_s,
+        }
+        return folder.checkpoint(series, arrays, state, self.step, keep)
+
+    def _model_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        return {name: np.ascontiguousarray(v.detach().numpy()) for name, v in self.model.state_dict().items()}
+
+    def _config(self, loader: DataLoader | None, epochs: int) -> dict[str, Any]:
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        return {
+            "epochs": epochs,
+            "batch_size": None if loader is None else loader.batch_size,
+            "seed": self.seed,
+            "device": str(self.device),
+            "budget": str(self.device.memory.budget if self.budget is None else self.budget),
+            "clip_norm": self.clip_norm,
+            "accumulate": self.accumulate,
+            "metrics": list(self.metrics),
+            "optimizer": {"name": type(self.optimizer).__name__, "groups": settings},
+            "schedule": None if self.schedule is None else type(self.schedule).__name__,
+            "loss": repr(self.loss),
+            "architecture": repr(self.model),
+        }
+
+    def _summary(self) -> dict[str, Any]:
+        stats = self.device.memory.stats()
+        return {
+            "epochs": self.epoch,
+            "steps": self.step,
+            "final": self.history[-1] if self.history else {},
+            "best": self._best,
+            "stopped": self.stopped,
+            "peak_bytes": stats["peak_bytes"],
+            "peak_by_kind": stats["peak_by_kind"],
+            "limit_bytes": stats["limit_bytes"],
+            "training_s": self.elapsed_s,
+        }
