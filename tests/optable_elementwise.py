@@ -104,7 +104,8 @@ COMPARE = [
         ]
     ),
     *(
-        Row(name, (In(values=lambda rng: [0.0, -1.5, np.nan, np.inf, -np.inf, -0.0]),), reference, torch=f"torch.{name}")
+        Row(name, (In((6,), values=lambda rng: [0.0, -1.5, np.nan, np.inf, -np.inf, -0.0]),), reference,
+            torch=f"torch.{name}")
         for name, reference in {
             "isnan": np.isnan, "isinf": np.isinf, "isfinite": np.isfinite, "signbit": np.signbit,
         }.items()
@@ -175,7 +176,8 @@ ROUNDING = [
         Row(name, (In(low=-5, high=5, kinks=kinks),), reference, resizable=True, torch=f"torch.{name}",
             torch_grad=False, bad=(NOT_COMPLEX,))
         for name, reference, kinks in [
-            ("floor", np.floor, WHOLE), ("ceil", np.ceil, WHOLE), ("trunc", np.trunc, WHOLE), ("round", np.round, HALVES),
+            ("floor", np.floor, WHOLE), ("ceil", np.ceil, WHOLE),
+            ("trunc", np.trunc, WHOLE), ("round", np.round, HALVES),
         ]
     ),
     Row("floor", (INT,), lambda x: x, dtypes=INTS, note="integers as they are"),
@@ -263,7 +265,8 @@ REDUCE = [
     *(
         Row(name, (In((3, 4, 5), values=lambda rng: rng.integers(0, 4, (3, 4, 5))),), reference, params, call=call,
             covers=(name,), dtypes=(*FLOATS, "int64"), big=BIG, note="with ties",
-            bad=() if params else (Bad((In((0, 3)),), ShapeError), Bad((T,), DTypeError, dtype="complex64"), BAD_AXIS[0]))
+            bad=() if params else (Bad((In((0, 3)),), ShapeError), BAD_AXIS[0],
+                                        Bad((T,), DTypeError, dtype="complex64")))
         for name, reference, call in [("argmax", np.argmax, reduce.argmax), ("argmin", np.argmin, reduce.argmin)]
         for params in AXES
         if _int_only(params)

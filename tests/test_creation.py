@@ -48,7 +48,7 @@ def test_fills_and_likes() -> None:
     x = creation.ones((2, 3), dtype="float64", requires_grad=True)
     assert x.requires_grad
     for like in (creation.zeros_like(x), creation.ones_like(x), creation.empty_like(x), creation.full_like(x, 3)):
-        assert like.shape == x.shape and like.dtype == x.dtype and not like.requires_grad
+        assert (like.shape, like.dtype, like.requires_grad) == (x.shape, x.dtype, False)
     assert creation.zeros((2, 3), device="meta").device.is_meta
 
 
@@ -76,3 +76,7 @@ def test_bad_requests_name_what_is_wrong() -> None:
         creation.linspace(0, 1, -1)
     with pytest.raises(ShapeError, match="indexing"):
         creation.meshgrid(asarray([1.0]), indexing="yx")
+    with pytest.raises(DTypeError, match="-128 to 127"):
+        creation.full(2, 300, dtype="int8")
+    with pytest.raises(DTypeError, match="nan"):
+        creation.full(2, float("nan"), dtype="int64")

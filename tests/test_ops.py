@@ -136,11 +136,11 @@ def _strided(array: Any, place: str) -> Any:
     """The same values laid out with gaps and reversed axes."""
     if array.ndim == 0:
         return asarray(array, device=place)
-    gaps = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
-    gaps[..., ::2] = array
+    gaps = np.zeros(tuple(2 * dim for dim in array.shape), array.dtype)
+    gaps[(slice(None, None, 2),) * array.ndim] = array
     order = tuple(reversed(range(array.ndim)))
     stored = asarray(np.ascontiguousarray(gaps.transpose(order)), device=place)
-    index = (*((0, 1, dim) for dim in array.shape[:-1]), (0, 2, array.shape[-1]))
+    index = tuple((0, 2, dim) for dim in array.shape)
     return REGISTRY["slice"](permute_dims(stored, order), index=index)
 
 

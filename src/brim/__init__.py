@@ -3,15 +3,46 @@
 ``import brim`` loads NumPy and nothing heavier; devices, data readers and the command line load when used.
 """
 
-from brim import errors, eager as _eager, ops, random
-from brim.accounting import budget, empty_cache, memory_report, memory_stats, reset_peak_memory, set_budget
-from brim.autograd import backward, enable_grad, grad, no_grad
-from brim.device import Device, default_device, device, set_default_device
-from brim.errors import BudgetExceeded
-from brim.ops import *  # noqa: F403  (every array function under its Array API name)
-from brim.random import manual_seed
-from brim.spec import DTYPES, Spec
-from brim.tensor import Tensor, asarray, empty, from_dlpack
+from brim import eager as eager
+from brim import errors as errors
+from brim import ops as ops
+from brim import random as random
+from brim.accounting import (
+    budget as budget,
+)
+from brim.accounting import (
+    empty_cache as empty_cache,
+)
+from brim.accounting import (
+    memory_report as memory_report,
+)
+from brim.accounting import (
+    memory_stats as memory_stats,
+)
+from brim.accounting import (
+    reset_peak_memory as reset_peak_memory,
+)
+from brim.accounting import (
+    set_budget as set_budget,
+)
+from brim.autograd import backward as backward
+from brim.autograd import enable_grad as enable_grad
+from brim.autograd import grad as grad
+from brim.autograd import no_grad as no_grad
+from brim.creation import *  # noqa: F403
+from brim.device import Device as Device
+from brim.device import default_device as default_device
+from brim.device import device as device
+from brim.device import set_default_device as set_default_device
+from brim.errors import BudgetExceeded as BudgetExceeded
+from brim.ops import *  # noqa: F403
+from brim.random import manual_seed as manual_seed
+from brim.spec import DTYPES
+from brim.spec import Spec as Spec
+from brim.tensor import Tensor as Tensor
+from brim.tensor import asarray as asarray
+from brim.tensor import from_dlpack as from_dlpack
+from brim.train import Trainer as Trainer
 
 __version__ = "0.1.0"
 

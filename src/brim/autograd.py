@@ -58,7 +58,8 @@ class _Saved:
         if self.index is None:
             return self.tensor
         out = self.tensor.detach()
-        out._node, out._index, out.requires_grad = node, self.index, True
+        if self.index < node.n_outputs - node.op.aux and is_float(out.dtype):  # the others carry no gradient
+            out._node, out._index, out.requires_grad = node, self.index, True
         return out
 
 

@@ -7,12 +7,25 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from brim.device import device as find_device
 from brim.errors import DTypeError, ShapeError
 from brim.op import primitive
 from brim.ops.join import tril
 from brim.ops.movement import broadcast_to, reshape, set_slice
-from brim.spec import DTYPES, Scalar, Spec, as_dtype, as_shape, default_float, is_complex, is_inexact, promote
+from brim.spec import (
+    DTYPES,
+    Scalar,
+    Spec,
+    as_dtype,
+    as_shape,
+    default_float,
+    is_complex,
+    is_inexact,
+    is_integer,
+    promote,
+)
 from brim.tensor import Tensor
 from brim.tensor import empty as _empty
 
@@ -74,6 +87,10 @@ def full(shape: Any, value: Any, *, dtype: Any = None, device: Any = None, requi
     kind = promote(number) if dtype is None else as_dtype(dtype)
     if isinstance(number, complex) and not is_complex(kind):
         raise DTypeError(f"{number} cannot be stored as {kind}; use dtype='complex64'")
+    if is_integer(kind) and not isinstance(number, complex):
+        bounds = np.iinfo(kind)
+        if not bounds.min <= number <= bounds.max:
+            raise DTypeError(f"{number} cannot be stored as {kind}, which holds {bounds.min} to {bounds.max}")
     out = _fill(number, shape=as_shape(shape), dtype=kind, device=_place(device))
     return out.requires_grad_() if requires_grad else out
 

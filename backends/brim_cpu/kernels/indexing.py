@@ -71,4 +71,6 @@ def put(out: Array, x: Any, indices: Array, values: Any, scratch: Any = None, *,
         out[order] = values[0] if isinstance(values, np.ndarray) else values
         return
     for position, index in enumerate(order):
-        np.copyto(out[(*lead, index)], values[(*lead, 0, position)] if isinstance(values, np.ndarray) else values)
+        to: tuple[Any, ...] = (*lead, index)
+        source: tuple[Any, ...] = (*lead, 0, position)
+        np.copyto(out[to], values[source] if isinstance(values, np.ndarray) else values)

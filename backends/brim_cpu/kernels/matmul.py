@@ -39,7 +39,7 @@ def matmul(out: Array, a: Array, b: Array, scratch: Any = None) -> None:
     if not _is_half(out.dtype):
         np.matmul(a, b, out=out)
         return
-    rows, inner, columns = *a.shape[-2:], b.shape[-1]
+    rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
     left, right, product = carve(scratch, *_parts(rows, inner, columns))
     batch = out.shape[:-2]
     a, b = np.broadcast_to(a, (*batch, rows, inner)), np.broadcast_to(b, (*batch, inner, columns))

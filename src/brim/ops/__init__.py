@@ -1,21 +1,226 @@
-"""All ops: every array function of brim under its Array API name."""
+"""All ops: array functions under their Array API names, those of layers and losses under PyTorch's."""
 
-import importlib
-import pkgutil
+from brim.ops import update_rules
+from brim.ops.activation import elu, gelu, gelu_tanh, hardtanh, leaky_relu, relu, sigmoid, silu, softplus
+from brim.ops.arithmetic import (
+    abs,
+    add,
+    astype,
+    clip,
+    copy,
+    divide,
+    floor_divide,
+    log,
+    maximum,
+    minimum,
+    multiply,
+    negative,
+    positive,
+    pow,
+    reciprocal,
+    remainder,
+    rsqrt,
+    sign,
+    sqrt,
+    square,
+    subtract,
+    where,
+)
+from brim.ops.bitwise import (
+    bitwise_and,
+    bitwise_invert,
+    bitwise_left_shift,
+    bitwise_or,
+    bitwise_right_shift,
+    bitwise_xor,
+)
+from brim.ops.compare import (
+    equal,
+    greater,
+    greater_equal,
+    isfinite,
+    isinf,
+    isnan,
+    less,
+    less_equal,
+    logical_and,
+    logical_not,
+    logical_or,
+    logical_xor,
+    not_equal,
+    signbit,
+)
+from brim.ops.conv import conv2d
+from brim.ops.dropout import dropout
+from brim.ops.einsum import einsum
+from brim.ops.embedding import embedding
+from brim.ops.exponential import erf, exp, exp2, expm1, log1p, log2, log10, logaddexp
+from brim.ops.indexing import gather, get_item, index_add, put, scatter_add, set_item, take
+from brim.ops.join import concat, one_hot, pad, repeat, roll, split, stack, tile, tril, triu, unstack
+from brim.ops.loss import bce_with_logits, cross_entropy, huber_loss, l1_loss, mse_loss, nll_loss
+from brim.ops.matmul import matmul, matrix_transpose, tensordot, vecdot
+from brim.ops.movement import (
+    broadcast_to,
+    expand_dims,
+    flatten,
+    flip,
+    moveaxis,
+    permute_dims,
+    reshape,
+    squeeze,
+    swapaxes,
+)
+from brim.ops.norm import batch_norm, batch_norm_inference, layer_norm
+from brim.ops.pool import avg_pool2d, max_pool2d
+from brim.ops.reduce import all, any, argmax, argmin, logsumexp, max, mean, min, prod, std, sum, var
+from brim.ops.rounding import ceil, copysign, floor, round, trunc
+from brim.ops.scan import cumulative_sum
+from brim.ops.softmax import log_softmax, softmax
+from brim.ops.sorting import argsort, sort, topk
+from brim.ops.trigonometry import acos, acosh, asin, asinh, atan, atan2, atanh, cos, cosh, hypot, sin, sinh, tan, tanh
 
-for _m in pkgutil.iter_modules(__path__):
-    try:
-        _mod = importlib.import_module(f"brim.ops.{_m.name}")
-    except ImportError as e:
-        print("ops skipped", e)
-        continue
-    globals().update({k: v for k, v in vars(_mod).items() if not k.startswith("_") and getattr(v, "__module__", "brim.ops").startswith("brim.op")})
-
-
-def __getattr__(name):
-    if name.startswith("_"):
-        raise AttributeError(name)
-
-    def missing(*a, **k):
-        raise AttributeError(f"op {name} missing")
-    return missing
+__all__ = [
+    "abs",
+    "acos",
+    "acosh",
+    "add",
+    "all",
+    "any",
+    "argmax",
+    "argmin",
+    "argsort",
+    "asin",
+    "asinh",
+    "astype",
+    "atan",
+    "atan2",
+    "atanh",
+    "avg_pool2d",
+    "batch_norm",
+    "batch_norm_inference",
+    "bce_with_logits",
+    "bitwise_and",
+    "bitwise_invert",
+    "bitwise_left_shift",
+    "bitwise_or",
+    "bitwise_right_shift",
+    "bitwise_xor",
+    "broadcast_to",
+    "ceil",
+    "clip",
+    "concat",
+    "conv2d",
+    "copy",
+    "copysign",
+    "cos",
+    "cosh",
+    "cross_entropy",
+    "cumulative_sum",
+    "divide",
+    "dropout",
+    "einsum",
+    "elu",
+    "embedding",
+    "equal",
+    "erf",
+    "exp",
+    "exp2",
+    "expand_dims",
+    "expm1",
+    "flatten",
+    "flip",
+    "floor",
+    "floor_divide",
+    "gather",
+    "gelu",
+    "gelu_tanh",
+    "get_item",
+    "greater",
+    "greater_equal",
+    "hardtanh",
+    "huber_loss",
+    "hypot",
+    "index_add",
+    "isfinite",
+    "isinf",
+    "isnan",
+    "l1_loss",
+    "layer_norm",
+    "leaky_relu",
+    "less",
+    "less_equal",
+    "log",
+    "log1p",
+    "log2",
+    "log10",
+    "log_softmax",
+    "logaddexp",
+    "logical_and",
+    "logical_not",
+    "logical_or",
+    "logical_xor",
+    "logsumexp",
+    "matmul",
+    "matrix_transpose",
+    "max",
+    "max_pool2d",
+    "maximum",
+    "mean",
+    "min",
+    "minimum",
+    "moveaxis",
+    "mse_loss",
+    "multiply",
+    "negative",
+    "nll_loss",
+    "not_equal",
+    "one_hot",
+    "pad",
+    "permute_dims",
+    "positive",
+    "pow",
+    "prod",
+    "put",
+    "reciprocal",
+    "relu",
+    "remainder",
+    "repeat",
+    "reshape",
+    "roll",
+    "round",
+    "rsqrt",
+    "scatter_add",
+    "set_item",
+    "sigmoid",
+    "sign",
+    "signbit",
+    "silu",
+    "sin",
+    "sinh",
+    "softmax",
+    "softplus",
+    "sort",
+    "split",
+    "sqrt",
+    "square",
+    "squeeze",
+    "stack",
+    "std",
+    "subtract",
+    "sum",
+    "swapaxes",
+    "take",
+    "tan",
+    "tanh",
+    "tensordot",
+    "tile",
+    "topk",
+    "tril",
+    "triu",
+    "trunc",
+    "unstack",
+    "update_rules",
+    "var",
+    "vecdot",
+    "where",
+]

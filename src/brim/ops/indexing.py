@@ -195,7 +195,7 @@ def scatter_add_zeros(shape: Shape, indices: Any, values: Any, axis: int) -> Any
     return reshape(_index_add(0.0, at, given, axis=0, size=size), shape)
 
 
-# ------------------------------------------------------------------------------------------------- x[...] in NumPy's way
+# ---------------------------------------------------------------------------------------------- x[...] in NumPy's way
 
 
 class _Index:

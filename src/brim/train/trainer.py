@@ -365,7 +365,7 @@ class Trainer:
         return folder.checkpoint(series, arrays, state, self.step, keep)
 
     def _model_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        return {name: np.ascontiguousarray(v.detach().numpy()) for name, v in self.model.state_dict().items()}
+        return {name: v.detach().numpy() for name, v in self.model.state_dict().items()}
 
     def _config(self, loader: DataLoader | None, epochs: int) -> dict[str, Any]:
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
