@@ -48,7 +48,7 @@ def test_train_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     right = np.mean([int(row["class"]) == label for row, label in zip(rows, test.field(1), strict=True)])
     assert right == pytest.approx(summary["final"]["val_accuracy"])
     assert main(["predict", "run", "in.csv", "--out", "out.csv"]) == 0
-    assert list(csv.DictReader((tmp_path / "out.csv").open())) == rows
+    assert list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text()))) == rows
     assert main(["predict", "run", "in.npz", "--out", "out.npz"]) == 0
     assert np.load(tmp_path / "out.npz")["probabilities"].shape == (360, 10)
     assert main(["train", "digits", *SMALL, "--out", "run"]) == 2  # would overwrite
@@ -103,7 +103,7 @@ def test_bad_values(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_precedence(tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text('lr = 0.3\nepochs = 9\nseed = 4\nhidden = [7, 8]\n')
+    (tmp_path / "run.toml").write_text("lr = 0.3\nepochs = 9\nseed = 4\nhidden = [7, 8]\n")
     environ = {"BRIM_LR": "0.2", "BRIM_EPOCHS": "8", "BRIM_BATCH_SIZE": "16"}
     settings = resolve({"dataset": "digits", "lr": 0.1}, "run.toml", {"seed": 3, "dropout": 0.7}, environ)
     found = (settings.lr, settings.epochs, settings.seed, settings.dropout, settings.batch_size, settings.momentum)
@@ -127,7 +127,9 @@ def test_info_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_module_exit_code() -> None:
-    done = subprocess.run([sys.executable, "-m", "brim", "train", "digits", "--lr", "x"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "brim", "train", "digits", "--lr", "x"], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "--lr" in done.stderr
 

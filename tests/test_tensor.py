@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import brim
+from brim.device import Device
 from brim.errors import DeviceError, DTypeError, ShapeError
 
 
@@ -153,3 +154,17 @@ def test_numpy_operands_meet_tensors() -> None:
     assert (np.array([1.0, 1.0], np.float32) - x).tolist() == [0.0, -1.0]
     with pytest.raises(DTypeError, match="asarray"):
         x + "one"  # type: ignore[operator]
+
+
+def test_moving_between_devices_carries_gradients() -> None:
+    other = Device("cpu", 1, brim.device("cpu").backend)  # a second device with books of its own
+    x = brim.asarray([1.0, 2.0]).requires_grad_()
+    there = x.to(other)
+    assert there.device is other
+    assert other.memory.stats()["live_bytes"] > 0
+    with pytest.raises(DeviceError, match="move them"):
+        x + there
+    (there * there).sum().backward()
+    assert x.grad is not None
+    assert x.grad.device is x.device
+    assert x.grad.tolist() == [2.0, 4.0]

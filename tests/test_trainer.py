@@ -157,11 +157,11 @@ def test_accumulation_equals_large_batches() -> None:
 
 
 def test_budget_refuses_and_leaves_nothing(tmp_path: Path) -> None:
-    trainer = _trainer(budget="64KiB")
+    trainer = _trainer(budget="256KiB")
     rng = np.random.default_rng(0)
-    big = data.ArrayDataset(rng.normal(size=(4096, 6)).astype(np.float32), np.arange(4096) % 3)
+    big = data.ArrayDataset(rng.normal(size=(9999, 6)).astype(np.float32), np.arange(9999) % 3)
     with pytest.raises(BudgetExceeded):
-        trainer.fit(big, 1, batch_size=4096, out=tmp_path / "run")
+        trainer.fit(big, 1, batch_size=9999, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     trainer.fit(_data(), 1, batch_size=16)
     assert trainer.epoch == 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
 from brim.spec import Scalar, Spec
 
 __all__ = ["KERNELS", "KernelRecord", "kernel"]

@@ -77,10 +77,10 @@ class TensorMethods:
     __invert__ = _unary(ops.bitwise_invert)
     __hash__ = object.__hash__
 
-    def __eq__(self, other: object) -> Any: 
+    def __eq__(self, other: object) -> Any:
         return ops.equal(self, other)
 
-    def __ne__(self, other: object) -> Any: 
+    def __ne__(self, other: object) -> Any:
         return ops.not_equal(self, other)
 
     def __getitem__(self, index: Any) -> Any:

@@ -83,8 +83,7 @@ def _avg_parts(images: Any, windows: Any) -> Parts:
 
 def _scale(windows: Any, size: Any, kernel: Any, stride: Any, padding: Any, count_include_pad: bool) -> None:
     rows, columns = (
-        _factors(size[i], windows.shape[1 + i], kernel[i], stride[i], padding[i], not count_include_pad)
-        for i in (0, 1)
+        _factors(size[i], windows.shape[1 + i], kernel[i], stride[i], padding[i], not count_include_pad) for i in (0, 1)
     )
     np.multiply(windows, rows.astype(windows.dtype)[:, None], out=windows)
     np.multiply(windows, columns.astype(windows.dtype), out=windows)

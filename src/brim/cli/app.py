@@ -83,8 +83,28 @@ def _build() -> Any:
 
 
 _TRAIN_FLAGS = frozenset(
-    "dataset model hidden dropout batch_size epochs lr optimizer momentum weight_decay hypergradient schedule clip_norm "
-    "seed device budget data out resume checkpoint_every".split()
+    [
+        "dataset",
+        "model",
+        "hidden",
+        "dropout",
+        "batch_size",
+        "epochs",
+        "lr",
+        "optimizer",
+        "momentum",
+        "weight_decay",
+        "hypergradient",
+        "schedule",
+        "clip_norm",
+        "seed",
+        "device",
+        "budget",
+        "data",
+        "out",
+        "resume",
+        "checkpoint_every",
+    ]
 )
 
 

@@ -26,7 +26,9 @@ def run() -> int:
     """Print; returns the exit code."""
     print(f"brim      {brim.__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"packages  {', '.join(f'{name} {_version(name)}' for name in _PACKAGES if find_spec(name))}")
-    print(f"threads   {_cpus()} processors for this process; OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}")
+    print(
+        f"threads   {_cpus()} processors for this process; OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}"
+    )
     host = read_host_memory()
     print(
         f"memory    {format_bytes(host.limit_bytes)} at most, {format_bytes(host.available_bytes)} available without swap"
@@ -38,10 +40,7 @@ def run() -> int:
             print(f"device    {kind}: not usable: {error}")
             continue
         limit = found.memory.limit_bytes
-        print(
-            f"device    {found}: budget {found.memory.budget}"
-            f"{'' if limit is None else f' = {format_bytes(limit)}'}"
-        )
+        print(f"device    {found}: budget {found.memory.budget}{'' if limit is None else f' = {format_bytes(limit)}'}")
     for name, how in _EXTRAS.items():
         if find_spec(name) is None:
             print(f"missing   {name}, for {how}")

@@ -1,4 +1,4 @@
-"""Settings of ``brim train``: flags over environment over TOML over the resumed run over defaults; checked in one place."""
+"""Settings of ``brim train``: flags over environment over TOML over the resumed run over defaults; checked here."""
 
 from __future__ import annotations
 

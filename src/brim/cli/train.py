@@ -1,4 +1,4 @@
-"""``brim train``: data, model, optimizer and Trainer from settings; what is printed, and what a refusal leaves behind."""
+"""``brim train``: data, model, optimizer and Trainer from settings; what is printed, and what a refusal leaves."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def run(flags: Mapping[str, Any], config: str | None) -> int:
     train, test = data.load(settings.dataset, settings.data)
     if train.num_classes is None:
         raise DataError(f"{settings.dataset}: brim train needs classes as targets, got {train.arrays[-1].dtype} values")
-    shape = model_config(
-        settings.model, settings.hidden_sizes, settings.dropout, train.input_shape, train.num_classes
-    )
+    shape = model_config(settings.model, settings.hidden_sizes, settings.dropout, train.input_shape, train.num_classes)
     record = {
         "settings": settings.as_dict(),
         "model": shape,
@@ -94,9 +92,7 @@ def _trainer(settings: TrainSettings, model: Any, device: Any) -> Trainer:
         kind = optim.Adam if settings.optimizer == "adam" else optim.AdamW
         optimizer = kind(params, lr, weight_decay=decay)
     schedule = optim.CosineAnnealingLR(optimizer, settings.epochs) if settings.schedule == "cosine" else None
-    return Trainer(
-        model, optimizer, schedule=schedule, clip_norm=settings.clip_norm, seed=settings.seed, device=device
-    )
+    return Trainer(model, optimizer, schedule=schedule, clip_norm=settings.clip_norm, seed=settings.seed, device=device)
 
 
 def _report(trainer: Trainer, peak_bytes: int, limit_bytes: int | None, out: Path, elapsed_s: float) -> None:

@@ -59,9 +59,7 @@ class NLLLoss(_Loss):
 class BCEWithLogitsLoss(_Loss):
     """Binary cross-entropy of scores before the sigmoid; see ``brim.ops.bce_with_logits``."""
 
-    def __init__(
-        self, weight: Tensor | None = None, reduction: str = "mean", pos_weight: Tensor | None = None
-    ) -> None:
+    def __init__(self, weight: Tensor | None = None, reduction: str = "mean", pos_weight: Tensor | None = None) -> None:
         super().__init__(reduction)
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)

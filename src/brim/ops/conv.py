@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from brim.errors import DTypeError, ShapeError
-from brim.op import float_only, primitive
+from brim.op import Op, float_only, primitive
 from brim.ops.arithmetic import astype
 from brim.ops.movement import reshape
 from brim.spec import Spec, promote
@@ -62,7 +62,7 @@ def _grad_weight_spec(g: Spec, x: Spec, *, kernel: Pair, groups: int, **_: Any) 
     return Spec((g.shape[1], x.shape[1] // groups, *kernel), g.dtype)
 
 
-_conv2d = primitive(
+_conv2d: Op = primitive(
     "conv2d",
     _conv_spec,
     vjp=lambda g, x, w, _out, **how: (
@@ -72,7 +72,7 @@ _conv2d = primitive(
     arity=2,
     doc="sum over channels and window of x times weight",
 )
-_grad_input = primitive(
+_grad_input: Op = primitive(
     "conv2d_grad_input",
     _grad_input_spec,
     vjp=lambda h, g, w, _out, *, size, **how: (
@@ -82,7 +82,7 @@ _grad_input = primitive(
     arity=2,
     doc="gradient of conv2d with respect to its input",
 )
-_grad_weight = primitive(
+_grad_weight: Op = primitive(
     "conv2d_grad_weight",
     _grad_weight_spec,
     vjp=lambda h, g, x, _out, *, kernel, **how: (

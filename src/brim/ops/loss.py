@@ -103,9 +103,7 @@ def _smoothed(log_p: Any, target: Any, weight: Any, ignore_index: int, reduction
     return reduce_loss(reshape(losses, target.shape), reduction)
 
 
-def nll_loss(
-    log_p: Any, target: Any, weight: Any = None, *, ignore_index: int = -100, reduction: str = "mean"
-) -> Any:
+def nll_loss(log_p: Any, target: Any, weight: Any = None, *, ignore_index: int = -100, reduction: str = "mean") -> Any:
     """``-weight[target] * log_p[target]``; its mean is weighted by the class weights.
 
     Arguments:
@@ -169,9 +167,7 @@ def _same_shape(name: str, x: Any, target: Any) -> tuple[Any, Any]:
     return promote_to_inexact(x), promote_to_inexact(target)
 
 
-def bce_with_logits(
-    x: Any, target: Any, weight: Any = None, *, pos_weight: Any = None, reduction: str = "mean"
-) -> Any:
+def bce_with_logits(x: Any, target: Any, weight: Any = None, *, pos_weight: Any = None, reduction: str = "mean") -> Any:
     """``-(target log sigmoid(x) + (1 - target) log(1 - sigmoid(x)))``, computed without overflow.
 
     Arguments:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from brim.errors import ShapeError
-from brim.op import float_only, primitive
+from brim.op import Op, float_only, primitive
 from brim.ops.conv import output_size, pair
 from brim.spec import DTYPES, Spec
 
@@ -33,14 +33,14 @@ _max_pool = primitive(
     aux=1,
     doc="largest element of each window, and where in its image (row-major) it lies",
 )
-_put = primitive(
+_put: Op = primitive(
     "max_pool2d_grad",
     lambda g, index, *, size: Spec((*g.shape[:2], *size), g.dtype),
     vjp=lambda h, _g, index, _out, *, size: (_pick(h, index), None),
     arity=2,
     doc="images of zeros to which every window's value is added at its index",
 )
-_pick = primitive(
+_pick: Op = primitive(
     "max_pool2d_pick",
     lambda x, index: Spec(index.shape, x.dtype),
     vjp=lambda g, _x, index, _out: (_put(g, index, size=_x.shape[2:]), None),
@@ -53,13 +53,13 @@ def _avg_spec(x: Spec, *, kernel: Pair, stride: Pair, padding: Pair, count_inclu
     return Spec(_pooled(x, kernel, stride, padding, (1, 1)), float_only("avg_pool2d", x.dtype))
 
 
-_avg_pool = primitive(
+_avg_pool: Op = primitive(
     "avg_pool2d",
     _avg_spec,
     vjp=lambda g, _x, _out, **how: _avg_pool_grad(g, size=_x.shape[2:], **how),
     doc="mean of each window",
 )
-_avg_pool_grad = primitive(
+_avg_pool_grad: Op = primitive(
     "avg_pool2d_grad",
     lambda g, *, size, **_: Spec((*g.shape[:2], *size), g.dtype),
     vjp=lambda h, _g, _out, *, size, **how: _avg_pool(h, **how),
@@ -89,9 +89,7 @@ def max_pool2d(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, d
     return _max_pool(x, kernel=kernel, stride=step, padding=around, dilation=pair(dilation, "dilation", 1))[0]
 
 
-def avg_pool2d(
-    x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, count_include_pad: bool = True
-) -> Any:
+def avg_pool2d(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, count_include_pad: bool = True) -> Any:
     """Mean of each window; padding counts as zeros, or (``count_include_pad=False``) not at all.
 
     Arguments:

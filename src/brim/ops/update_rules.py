@@ -1,6 +1,6 @@
-"""Update rules of optimizers: composites that map a parameter, its gradient and the optimizer's state to their next values.
+"""Update rules of optimizers: composites from a parameter, its gradient and the state to their next values.
 
-Learning rates and other numbers that change between steps are inputs, never params, so that one step's record serves all.
+Learning rates and other numbers that change between steps are inputs, never params: one record of a step serves all.
 """
 
 from __future__ import annotations

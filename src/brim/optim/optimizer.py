@@ -1,4 +1,4 @@
-"""Optimizer: parameter groups, the state kept for each parameter, and how both are saved; the rules are in other files."""
+"""Optimizer: parameter groups, the state kept for each parameter, and how both are saved; rules are in other files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Optimizer:
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         if isinstance(params, Tensor | Mapping):
-            raise TypeError(f"params: expected several tensors or groups, got one {type(params).__name__}; put it in []")
+            raise TypeError(f"params: expected a list of tensors or groups, got one {type(params).__name__}")
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[int, dict[str, Any]] = {}

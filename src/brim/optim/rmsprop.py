@@ -13,7 +13,7 @@ __all__ = ["RMSprop"]
 
 
 class RMSprop(Optimizer):
-    """RMSprop: steps of d / (sqrt(s) + eps), where s is the running mean of d^2 (Tieleman and Hinton 2012, lecture 6.5).
+    """RMSprop: steps of d / (sqrt(s) + eps), where s is the running mean of d^2 (Tieleman, Hinton 2012).
 
     Arguments:
         params: tensors or groups.

@@ -1,0 +1,194 @@
+"""Rows of the ops that layers and losses are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from brim import ops
+from optable import In, Row
+
+LOOSE = {"float16": (2e-2, 2e-2), "bfloat16": (1e-1, 1e-1), "float32": (1e-4, 1e-4)}
+HOW = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
+LABELS = np.array([2, 0, -100, 3, 3])
+
+
+def _windows(h: int, w: int, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
+    """(output row, output column, [(a, b, image row, image column) inside the image])."""
+    rows = (h + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+    columns = (w + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
+    for i, j in np.ndindex(rows, columns):
+        cells = [
+            (a, b, i * stride[0] + a * dilation[0] - padding[0], j * stride[1] + b * dilation[1] - padding[1])
+            for a, b in np.ndindex(*kernel)
+        ]
+        yield i, j, [(a, b, y, x) for a, b, y, x in cells if 0 <= y < h and 0 <= x < w]
+
+
+def _conv_terms(x: Any, w: Any, g: Any, groups: int, how: dict[str, Any]) -> None:
+    """Adds to whichever of the three arrays is not given (a zero array marked by its ``write`` flag in ``how``)."""
+    target = how.pop("target")
+    c, o = w.shape[1], w.shape[0] // groups
+    for i, j, cells in _windows(*x.shape[2:], w.shape[2:], **how):
+        for k in range(groups):
+            cs, os = slice(k * c, (k + 1) * c), slice(k * o, (k + 1) * o)
+            for a, b, y, z in cells:
+                if target == "out":
+                    g[:, os, i, j] += x[:, cs, y, z] @ w[os, :, a, b].T
+                elif target == "x":
+                    x[:, cs, y, z] += g[:, os, i, j] @ w[os, :, a, b]
+                else:
+                    w[os, :, a, b] += g[:, os, i, j].T @ x[:, cs, y, z]
+
+
+def _conv(x: Any, w: Any, *, groups: int, **how: Any) -> Any:
+    sites = [(i, j) for i, j, _ in _windows(*x.shape[2:], w.shape[2:], **how)]
+    out = np.zeros((x.shape[0], w.shape[0], sites[-1][0] + 1, sites[-1][1] + 1))
+    _conv_terms(x, w, out, groups, {**how, "target": "out"})
+    return out
+
+
+def _conv_input(g: Any, w: Any, *, size: Any, groups: int, **how: Any) -> Any:
+    x = np.zeros((g.shape[0], w.shape[1] * groups, *size))
+    _conv_terms(x, w, g, groups, {**how, "target": "x"})
+    return x
+
+
+def _conv_weight(g: Any, x: Any, *, kernel: Any, groups: int, **how: Any) -> Any:
+    w = np.zeros((g.shape[1], x.shape[1] // groups, *kernel))
+    _conv_terms(x, w, g, groups, {**how, "target": "w"})
+    return w
+
+
+def _max_pool(x: Any, **how: Any) -> Any:
+    found = [(i, j, [x[:, :, y, z] for _, _, y, z in cells]) for i, j, cells in _windows(*x.shape[2:], **how)]
+    out = np.zeros((*x.shape[:2], found[-1][0] + 1, found[-1][1] + 1))
+    for i, j, seen in found:
+        out[:, :, i, j] = np.max(seen, axis=0)
+    return out, None
+
+
+def _avg_pool(x: Any, *, count_include_pad: bool, **how: Any) -> Any:
+    cells = list(_windows(*x.shape[2:], dilation=(1, 1), **how))
+    out = np.zeros((*x.shape[:2], cells[-1][0] + 1, cells[-1][1] + 1))
+    for i, j, inside in cells:
+        count = np.prod(how["kernel"]) if count_include_pad else len(inside)
+        out[:, :, i, j] = sum(x[:, :, y, z] for _, _, y, z in inside) / count
+    return out
+
+
+def _avg_pool_grad(g: Any, *, size: Any, count_include_pad: bool, **how: Any) -> Any:
+    out = np.zeros((*g.shape[:2], *size))
+    for i, j, inside in _windows(*size, dilation=(1, 1), **how):
+        for _, _, y, z in inside:
+            out[:, :, y, z] += g[:, :, i, j] / (np.prod(how["kernel"]) if count_include_pad else len(inside))
+    return out
+
+
+def _put_at(g: Any, index: Any, *, size: Any) -> Any:
+    out = np.zeros((*g.shape[:2], size[0] * size[1]))
+    for n, c, i, j in np.ndindex(*g.shape):
+        out[n, c, index[n, c, i, j]] += g[n, c, i, j]
+    return out.reshape(*g.shape[:2], *size)
+
+
+def _pick_at(x: Any, index: Any) -> Any:
+    flat = x.reshape(*x.shape[:2], -1)
+    return np.take_along_axis(flat, index.reshape(*index.shape[:2], -1), axis=2).reshape(index.shape)
+
+
+def _normal(x: Any, w: Any, b: Any, axes: Any, eps: float) -> Any:
+    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    return (x - mean) / np.sqrt(var + eps) * w + b, mean, var
+
+
+def _softmax(x: Any, *, axis: int) -> Any:
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def _dropout(x: Any, *, p: float) -> Any:
+    bits = np.random.Philox(counter=[0, 0, 3, 0], key=[7, 0])
+    keep = np.random.Generator(bits).random(x.shape, dtype=np.float32) >= np.float32(p)
+    return x * keep / (1 - p)
+
+
+def _pick(x: Any, index: Any, *, ignore_index: int) -> Any:
+    return np.array([0.0 if c == ignore_index else row[c] for row, c in zip(x, index, strict=True)])
+
+
+def _put(g: Any, index: Any, *, classes: int, ignore_index: int) -> Any:
+    out = np.zeros((len(index), classes))
+    for n, c in enumerate(index):
+        if c != ignore_index:
+            out[n, c] = g[n]
+    return out
+
+
+_labels = In((5,), dtype="int64", values=lambda rng: LABELS)
+_spots = In((2, 3, 2, 2), dtype="int32", values=lambda rng: rng.integers(0, 20, (2, 3, 2, 2)))
+_distinct = In((2, 3, 5, 4), values=lambda rng: rng.permutation(120).reshape(2, 3, 5, 4) / 30)
+_POOL = {"kernel": (3, 2), "stride": (2, 1), "padding": (1, 0)}
+
+ROWS = [
+    Row("softmax", (In((3, 4)),), _softmax, {"axis": 1}, torch=lambda t, x: t.softmax(x, 1)),
+    Row(
+        "log_softmax",
+        (In((3, 4)),),
+        lambda x, *, axis: np.log(_softmax(x, axis=axis)),
+        {"axis": 0},
+        torch=lambda t, x: t.log_softmax(x, 0),
+    ),
+    Row(
+        "dropout",
+        (In((40, 50)),),
+        _dropout,
+        {"p": 0.3},
+        call=lambda x, *, p: ops.dropout(x, 7, 3, p=p),
+        covers=("dropout",),
+        big=(In((1024, 1024)),),
+    ),
+    Row(
+        "batch_norm",
+        (In((4, 3, 5)), In((3,)), In((3,))),
+        lambda x, w, b, *, eps: _normal(x, w[:, None], b[:, None], (0, 2), eps),
+        {"eps": 1e-3},
+        tolerance=LOOSE,
+    ),
+    Row(
+        "layer_norm",
+        (In((4, 3, 5)), In((3, 5)), In((3, 5))),
+        lambda x, w, b, *, ndim, eps: _normal(x, w, b, (1, 2), eps),
+        {"ndim": 2, "eps": 1e-3},
+        tolerance=LOOSE,
+    ),
+    Row("pick_classes", (In((5, 4)), _labels), _pick, {"ignore_index": -100}),
+    Row("put_classes", (In((5,)), _labels), _put, {"classes": 4, "ignore_index": -100}),
+    Row("conv2d", (In((2, 4, 5, 6)), In((6, 2, 3, 2))), _conv, HOW, tolerance=LOOSE),
+    Row(
+        "conv2d_grad_input",
+        (In((2, 6, 3, 4)), In((6, 2, 3, 2))),
+        _conv_input,
+        {**HOW, "size": (5, 6)},
+        tolerance=LOOSE,
+    ),
+    Row(
+        "conv2d_grad_weight",
+        (In((2, 6, 3, 4)), In((2, 4, 5, 6))),
+        _conv_weight,
+        {**HOW, "kernel": (3, 2)},
+        tolerance=LOOSE,
+    ),
+    Row("max_pool2d", (_distinct,), _max_pool, {**_POOL, "dilation": (1, 2)}, tolerance=LOOSE),
+    Row("max_pool2d_grad", (In((2, 3, 2, 2)), _spots), _put_at, {"size": (5, 4)}, tolerance=LOOSE),
+    Row("max_pool2d_pick", (In((2, 3, 5, 4)), _spots), _pick_at),
+    Row("avg_pool2d", (In((2, 3, 5, 4)),), _avg_pool, {**_POOL, "count_include_pad": False}, tolerance=LOOSE),
+    Row(
+        "avg_pool2d_grad",
+        (In((2, 3, 3, 3)),),
+        _avg_pool_grad,
+        {**_POOL, "count_include_pad": True, "size": (5, 4)},
+        tolerance=LOOSE,
+    ),
+]

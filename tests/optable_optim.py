@@ -1,0 +1,96 @@
+"""Rows of the table for the update rules of optimizers, against the formulas written out in NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from brim.ops import update_rules as rules
+from optable import In, Row
+
+P = In((5, 7))
+MEAN = In((5, 7), 0.1, 0.5)
+FLOAT = ("float32", "float64")
+
+
+def _sgd(p: Any, g: Any) -> Any:
+    return p - 0.1 * (g + 0.01 * p)
+
+
+def _momentum(p: Any, g: Any, v: Any, *, nesterov: bool) -> Any:
+    d = -g + 0.01 * p
+    v = 0.9 * v + 0.8 * d
+    return p - 0.1 * (d + 0.9 * v if nesterov else v), v
+
+
+def _adam(p: Any, g: Any, m: Any, v: Any, *, decoupled: bool) -> Any:
+    d = g if decoupled else g + 0.01 * p
+    m, v = 0.9 * m + 0.1 * d, 0.99 * v + 0.01 * d * d
+    start = p * (1 - 0.1 * 0.01) if decoupled else p
+    return start - 0.1 / 0.5 * m / (np.sqrt(v) / 0.7 + 1e-3), m, v
+
+
+def _amsgrad(p: Any, g: Any, m: Any, v: Any, top: Any) -> Any:
+    d = g + 0.01 * p
+    m, v = 0.9 * m + 0.1 * d, 0.99 * v + 0.01 * d * d
+    top = np.maximum(top, v)
+    return p - 0.1 / 0.5 * m / (np.sqrt(top) / 0.7 + 1e-3), m, v, top
+
+
+def _rmsprop(p: Any, g: Any, s: Any, u: Any) -> Any:
+    d = g + 0.01 * p
+    s = 0.9 * s + 0.1 * d * d
+    u = 0.8 * u + d / (np.sqrt(s) + 1e-3)
+    return p - 0.1 * u, s, u
+
+
+def _rmsprop_plain(p: Any, g: Any, s: Any) -> Any:
+    out, s, _ = _rmsprop(p, g, s, np.zeros_like(p))
+    return out, s
+
+
+def _rmsprop_centered(p: Any, g: Any, s: Any, a: Any, u: Any) -> Any:
+    d = g + 0.01 * p
+    s = 0.9 * s + 0.1 * d * d
+    a = 0.9 * a + 0.1 * d
+    u = 0.8 * u + d / (np.sqrt(s - a * a) + 1e-3)
+    return p - 0.1 * u, s, a, u
+
+
+_ADAM = (0.1, 0.9, 0.99, 1e-3, 0.01, 0.5, 0.7)
+_NOTE = "updates are not differentiated"
+
+ROWS = [
+    Row("sgd_update", (P, P), _sgd, call=lambda p, g: rules.sgd_update(p, g, 0.1, 0.01, maximize=False),
+        covers=("sgd_update",), dtypes=FLOAT, grad=False, note=_NOTE),
+    *(
+        Row(f"sgd_momentum_update nesterov={nesterov}", (P, P, P),
+            lambda p, g, v, nesterov=nesterov: _momentum(p, g, v, nesterov=nesterov),
+            call=lambda p, g, v, nesterov=nesterov: rules.sgd_momentum_update(
+                p, g, v, 0.1, 0.9, 0.2, 0.01, nesterov=nesterov, maximize=True),
+            covers=("sgd_momentum_update",), dtypes=FLOAT, grad=False, note=_NOTE)
+        for nesterov in (False, True)
+    ),
+    *(
+        Row(f"adam_update decoupled={decoupled}", (P, P, P, MEAN),
+            lambda p, g, m, v, decoupled=decoupled: _adam(p, g, m, v, decoupled=decoupled),
+            call=lambda p, g, m, v, decoupled=decoupled: rules.adam_update(
+                p, g, m, v, *_ADAM, decoupled=decoupled, maximize=False),
+            covers=("adam_update",), dtypes=FLOAT, grad=False, note=_NOTE)
+        for decoupled in (False, True)
+    ),
+    Row("amsgrad_update", (P, P, P, MEAN, MEAN), _amsgrad,
+        call=lambda p, g, m, v, top: rules.amsgrad_update(p, g, m, v, top, *_ADAM, decoupled=False, maximize=False),
+        covers=("amsgrad_update",), dtypes=FLOAT, grad=False, note=_NOTE),
+    Row("rmsprop_update", (P, P, MEAN, P), _rmsprop,
+        call=lambda p, g, s, u: rules.rmsprop_update(p, g, s, u, 0.1, 0.9, 1e-3, 0.01, 0.8, maximize=False),
+        covers=("rmsprop_update",), dtypes=FLOAT, grad=False, note=_NOTE),
+    Row("rmsprop_plain_update", (P, P, MEAN), _rmsprop_plain,
+        call=lambda p, g, s: rules.rmsprop_plain_update(p, g, s, 0.1, 0.9, 1e-3, 0.01, maximize=False),
+        covers=("rmsprop_plain_update",), dtypes=FLOAT, grad=False, note=_NOTE),
+    Row("rmsprop_centered_update", (P, P, In((5, 7), 1.0, 2.0), In((5, 7), -0.3, 0.3), P), _rmsprop_centered,
+        call=lambda p, g, s, a, u: rules.rmsprop_centered_update(
+            p, g, s, a, u, 0.1, 0.9, 1e-3, 0.01, 0.8, maximize=False),
+        covers=("rmsprop_centered_update",), dtypes=FLOAT, grad=False, note=_NOTE),
+]  # fmt: skip
