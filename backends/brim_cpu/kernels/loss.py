@@ -71,5 +71,5 @@ def _put_classes(out: Any, g: Any, index: Any, *, classes: int, ignore_index: in
         else:
             for row in range(n):
                 part[row, chosen[row]] = g[rows.start + row]
-        for row in np.flatnonzero(ignored[:n]):
-            part[row].fill(0)
+        for skipped in np.flatnonzero(ignored[:n]):
+            part[skipped].fill(0)

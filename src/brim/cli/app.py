@@ -41,7 +41,7 @@ def _build() -> Any:
         momentum: Annotated[float | None, flag("Of sgd and rmsprop, 0.9.")] = None,
         weight_decay: Annotated[float | None, flag("Weight decay, 0.")] = None,
         hypergradient: Annotated[float | None, flag("Learn the rate of sgd with this step size.")] = None,
-        schedule: Annotated[str | None, flag("none (default) or cosine.")] = None,
+        schedule: Annotated[str | None, flag("cosine (default), or none.")] = None,
         clip_norm: Annotated[float | None, flag("Clip the norm of the gradients.")] = None,
         seed: Annotated[int | None, flag("Seed of everything random, 0.")] = None,
         device: Annotated[str | None, flag("cpu (default).")] = None,
@@ -109,14 +109,9 @@ _TRAIN_FLAGS = frozenset(
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    import brim
 
-    try:
-        return version("brim")
-    except PackageNotFoundError:
-        import brim
-
-        return brim.__version__
+    return brim.__version__
 
 
 def run_command(argv: Sequence[str] | None = None) -> int:

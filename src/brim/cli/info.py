@@ -26,13 +26,11 @@ def run() -> int:
     """Print; returns the exit code."""
     print(f"brim      {brim.__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"packages  {', '.join(f'{name} {_version(name)}' for name in _PACKAGES if find_spec(name))}")
-    print(
-        f"threads   {_cpus()} processors for this process; OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}"
-    )
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    print(f"threads   {_cpus()} processors for this process; OMP_NUM_THREADS {threads}")
     host = read_host_memory()
-    print(
-        f"memory    {format_bytes(host.limit_bytes)} at most, {format_bytes(host.available_bytes)} available without swap"
-    )
+    most, available = format_bytes(host.limit_bytes), format_bytes(host.available_bytes)
+    print(f"memory    {most} at most ({host.tightest[0]}), {available} available without swap")
     for kind in sorted(available_backends()):
         try:
             found = device(kind)

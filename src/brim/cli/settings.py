@@ -27,7 +27,7 @@ class TrainSettings:
     momentum: float = 0.9
     weight_decay: float = 0.0
     hypergradient: float | None = None
-    schedule: str = "none"
+    schedule: str = "cosine"  # "none" where the rate is learned
     clip_norm: float | None = None
     seed: int = 0
     device: str = "cpu"
@@ -77,6 +77,8 @@ def resolve(
             values[name] = _typed(name, text, f"BRIM_{name.upper()}")
     for name, value in flags.items():
         values[name] = _typed(name, value, "DATASET" if name == "dataset" else f"--{name.replace('_', '-')}")
+    if values.get("hypergradient") is not None:
+        values.setdefault("schedule", "none")
     settings = TrainSettings(**values)
     if not settings.dataset:
         raise ValueError("which data set? As in: brim train digits (or fashion-mnist, mnist, a .csv or .npz file)")

@@ -110,10 +110,12 @@ class Ledger:
 
 
 def user_site() -> tuple[str, int] | None:
-    """File and line of the nearest caller outside brim and its backends."""
+    """File and line of the nearest caller outside brim and its backends; None under the command line."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
+        if name.startswith("brim.cli"):
+            return None  # started from the command line: there is no user's code
         if not name.startswith(("brim.", "brim_")) and name != "brim":
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]

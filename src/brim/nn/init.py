@@ -7,6 +7,7 @@ Sources: X. Glorot and Y. Bengio, AISTATS 2010 (xavier); K. He et al., ICCV 2015
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 
+_CHUNK = 64 * 1024  # elements drawn at a time
+
+
 def fans(tensor: Tensor) -> tuple[int, int]:
     """(fan_in, fan_out) of a weight (out, in, ...): inputs and outputs that one output or input is connected to."""
     if tensor.ndim < 2:
@@ -51,38 +55,46 @@ def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
     return gains[nonlinearity]
 
 
-def _write(tensor: Tensor, host: np.ndarray) -> Tensor:
-    wide = host.astype(np.float32) if tensor.dtype.itemsize < 8 else host
-    return tensor.write(from_host(wide.astype(tensor.dtype, copy=False), tensor.device, "temps"))
+def _draw(tensor: Tensor, values: Callable[[int], np.ndarray]) -> Tensor:
+    """Overwrite with ``values(n)``, float64 numbers drawn a chunk after the other, so that little memory is needed."""
+    if tensor.device.is_meta:
+        return tensor
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, tensor.size, _CHUNK):
+        part = flat[start : start + _CHUNK]
+        # by way of float32, so that half-width weights are the rounded float32 ones
+        host = values(part.size).astype(np.float64 if tensor.dtype.itemsize == 8 else np.float32)
+        part.write(from_host(host.astype(tensor.dtype, copy=False), tensor.device, "temps"))
+    return tensor
 
 
 def uniform_(tensor: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
     """Values uniform in [a, b)."""
-    if tensor.device.is_meta:
-        return tensor
-    return _write(tensor, host_generator().random(tensor.shape) * (b - a) + a)
+    generator = host_generator()
+    return _draw(tensor, lambda n: generator.random(n) * (b - a) + a)
 
 
 def normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Values of the normal distribution."""
-    if tensor.device.is_meta:
-        return tensor
-    return _write(tensor, host_generator().standard_normal(tensor.shape) * std + mean)
+    generator = host_generator()
+    return _draw(tensor, lambda n: generator.standard_normal(n) * std + mean)
 
 
 def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> Tensor:
     """Values of the normal distribution limited to [a, b], by inverting its distribution function."""
     if not (a < b and std > 0.0):
         raise ValueError(f"trunc_normal_ needs a < b and std > 0, got a={a}, b={b}, std={std}")
-    if tensor.device.is_meta:
-        return tensor
     normal = NormalDist(mean, std)
     low, high = normal.cdf(a), normal.cdf(b)
     if not low < high:
         raise ValueError(f"[{a}, {b}] lies too far from mean {mean} with std {std}: its probability is 0")
-    quantiles = np.clip(low + host_generator().random(tensor.size) * (high - low), 1e-16, 1.0 - 1e-16)
-    values = np.fromiter(map(normal.inv_cdf, quantiles.tolist()), np.float64, tensor.size)
-    return _write(tensor, np.clip(values, a, b).reshape(tensor.shape))
+    generator = host_generator()
+
+    def values(n: int) -> np.ndarray:
+        quantiles = np.clip(low + generator.random(n) * (high - low), 1e-16, 1.0 - 1e-16)
+        return np.clip(np.fromiter(map(normal.inv_cdf, quantiles.tolist()), np.float64, n), a, b)
+
+    return _draw(tensor, values)
 
 
 def constant_(tensor: Tensor, value: float) -> Tensor:
@@ -138,4 +150,5 @@ def orthogonal_(tensor: Tensor, gain: float = 1.0) -> Tensor:
     rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
     q, r = np.linalg.qr(host_generator().standard_normal((max(rows, columns), min(rows, columns))))
     q *= np.sign(np.diag(r))  # makes the distribution uniform
-    return _write(tensor, gain * (q if rows >= columns else q.T).reshape(tensor.shape))
+    host = (gain * (q if rows >= columns else q.T)).reshape(tensor.shape).astype(np.float32)
+    return tensor.write(from_host(host.astype(tensor.dtype, copy=False), tensor.device, "temps"))
