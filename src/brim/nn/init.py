@@ -55,29 +55,27 @@ def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
     return gains[nonlinearity]
 
 
-def _draw(tensor: Tensor, values: Callable[[int], np.ndarray]) -> Tensor:
-    """Overwrite with ``values(n)``, float64 numbers drawn a chunk after the other, so that little memory is needed."""
+def _draw(tensor: Tensor, values: Callable[[np.random.Generator, int], np.ndarray]) -> Tensor:
+    """Overwrite with ``values(generator, n)``, float64 numbers drawn a chunk after the other, so that little memory is needed."""
     if tensor.device.is_meta:
         return tensor
-    flat = tensor.detach().reshape(-1)
+    generator, flat = host_generator(), tensor.detach().reshape(-1)
     for start in range(0, tensor.size, _CHUNK):
         part = flat[start : start + _CHUNK]
         # by way of float32, so that half-width weights are the rounded float32 ones
-        host = values(part.size).astype(np.float64 if tensor.dtype.itemsize == 8 else np.float32)
+        host = values(generator, part.size).astype(np.float64 if tensor.dtype.itemsize == 8 else np.float32)
         part.write(from_host(host.astype(tensor.dtype, copy=False), tensor.device, "temps"))
     return tensor
 
 
 def uniform_(tensor: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
     """Values uniform in [a, b)."""
-    generator = host_generator()
-    return _draw(tensor, lambda n: generator.random(n) * (b - a) + a)
+    return _draw(tensor, lambda generator, n: generator.random(n) * (b - a) + a)
 
 
 def normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Values of the normal distribution."""
-    generator = host_generator()
-    return _draw(tensor, lambda n: generator.standard_normal(n) * std + mean)
+    return _draw(tensor, lambda generator, n: generator.standard_normal(n) * std + mean)
 
 
 def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> Tensor:
@@ -88,9 +86,8 @@ def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float 
     low, high = normal.cdf(a), normal.cdf(b)
     if not low < high:
         raise ValueError(f"[{a}, {b}] lies too far from mean {mean} with std {std}: its probability is 0")
-    generator = host_generator()
 
-    def values(n: int) -> np.ndarray:
+    def values(generator: np.random.Generator, n: int) -> np.ndarray:
         quantiles = np.clip(low + generator.random(n) * (high - low), 1e-16, 1.0 - 1e-16)
         return np.clip(np.fromiter(map(normal.inv_cdf, quantiles.tolist()), np.float64, n), a, b)
 
