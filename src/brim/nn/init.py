@@ -56,7 +56,7 @@ def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
 
 
 def _draw(tensor: Tensor, values: Callable[[np.random.Generator, int], np.ndarray]) -> Tensor:
-    """Overwrite with ``values(generator, n)``, float64 numbers drawn a chunk after the other, so that little memory is needed."""
+    """Overwrite with ``values(generator, n)``: float64 numbers, drawn chunk by chunk to need little memory."""
     if tensor.device.is_meta:
         return tensor
     generator, flat = host_generator(), tensor.detach().reshape(-1)
