@@ -11,8 +11,9 @@ import pytest
 
 import brim
 from brim import data, nn, optim
-from brim.errors import BudgetExceeded, CheckpointError
+from brim.errors import BudgetExceeded, CheckpointError, SwapDetected
 from brim.io import list_checkpoints, read_json, read_jsonl
+from brim.memory.host import SwapWatch
 from brim.train import Callback, EarlyStopping, Trainer
 
 
@@ -202,3 +203,39 @@ def test_bad_arguments() -> None:
         _trainer(accumulate=0)
     with pytest.raises(ValueError):
         _trainer().fit(_data(), 0)
+
+
+class _SwapsAtStepThree(Callback):
+    """A fake /proc in which this process starts to swap."""
+
+    def __init__(self, root: Path) -> None:
+        self.status = root / "proc/self/status"
+        self.status.parent.mkdir(parents=True)
+        self.status.write_text("Name: x\nVmSwap:\t       0 kB\n")
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        if trainer.step == 3:
+            self.status.write_text("Name: x\nVmSwap:\t   20480 kB\n")
+
+
+def test_swapping_stops_the_training(tmp_path: Path) -> None:
+    fake = _SwapsAtStepThree(tmp_path)
+    trainer = _trainer(callbacks=[fake])
+    trainer.swap_watch = SwapWatch("error", root=tmp_path)
+    with pytest.raises(SwapDetected, match=r"20\.0 MiB .* at step 4"):
+        trainer.fit(_data(), epochs=1, batch_size=16)
+    assert trainer.step == 4
+    assert _trainer(on_swap="off").fit(_data(), epochs=1, batch_size=16)
+
+
+def test_the_ledger_knows_what_training_holds() -> None:
+    before = dict(brim.memory_stats()["by_kind"])
+    trainer = _trainer()
+    trainer.fit(_data(), epochs=1, batch_size=16)
+    stats = brim.memory_stats()
+    params = sum(p.nbytes for p in trainer.model.parameters())
+    assert stats["by_kind"]["params"] - before["params"] == params
+    assert stats["by_kind"]["optimizer"] - before["optimizer"] == params  # momentum
+    assert stats["by_kind"]["buffers"] - before["buffers"] == sum(b.nbytes for b in trainer.model.buffers())
+    assert stats["by_kind"]["activations"] == before["activations"]
+    assert sum(stats["by_kind"].values()) == stats["held_bytes"]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from brim.errors import CheckpointError
 from brim.io import check_compatible, latest_checkpoint, load_checkpoint
 from brim.memory.budget import BudgetLike
 from brim.memory.guard import give_back_on_refusal
+from brim.memory.host import SwapWatch
 from brim.nn import CrossEntropyLoss, Module
 from brim.optim import Optimizer, ReduceLROnPlateau, clip_grad_norm_
 from brim.tensor import Tensor, asarray
@@ -30,6 +31,9 @@ from brim.train.progress import Progress
 from brim.train.run_folder import RunFolder
 
 __all__ = ["Trainer"]
+
+
+_SWAP_TOLERANCE_BYTES = 16 * 2**20  # idle pages that the system moves out on its own
 
 
 class Trainer:
@@ -48,6 +52,8 @@ class Trainer:
         seed: of the order of the samples.
         device: where to train.
         progress: print progress.
+        on_swap: "error", "warn" or "off": what to do when more than 16 MiB of this process move to swap between two
+            steps. The default stops: a run that swaps goes on many times slower.
 
     Attributes:
         history: one dict per epoch: epoch, step, lr, loss, metrics, and with ``val_`` those of the validation.
@@ -70,6 +76,7 @@ class Trainer:
         seed: int = 0,
         device: Any = None,
         progress: bool = True,
+        on_swap: Literal["error", "warn", "off"] = "error",
     ) -> None:
         if accumulate < 1:
             raise ValueError(f"accumulate: expected 1 or more batches, got {accumulate!r}")
@@ -85,6 +92,7 @@ class Trainer:
         self.epoch = self.step = 0
         self.stopped, self.interrupted = "", False
         self.elapsed_s = 0.0
+        self.swap_watch = SwapWatch(on_swap, tolerance_bytes=_SWAP_TOLERANCE_BYTES)
         self._averages = Averages()
         self._best: float | None = None
         self._loader_state: dict[str, Any] | None = None
@@ -179,6 +187,7 @@ class Trainer:
             progress.step(self.epoch, position * loader.batch_size, len(targets), self._averages.means())
             if not stepped:
                 continue
+            self.swap_watch.check(f"step {self.step}")
             for callback in self.callbacks:
                 callback.on_step_end(self, loss)
             if folder is not None and every and self.step % every == 0:
