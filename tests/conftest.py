@@ -27,6 +27,23 @@ def _why_no_cuda() -> str:
     return "" if count else "no NVIDIA GPU"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU one skipped case a test says so; its other cases for the GPU are left out of the count."""
+    if not _why_no_cuda():
+        return
+    seen: set[str] = set()
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        name = f"{item.path}::{getattr(item, 'originalname', item.name)}"
+        again = item.get_closest_marker("cuda") is not None and name in seen
+        (left_out if again else kept).append(item)
+        if item.get_closest_marker("cuda") is not None:
+            seen.add(name)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") is not None and (reason := _why_no_cuda()):
         pytest.skip(reason)

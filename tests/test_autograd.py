@@ -126,3 +126,9 @@ def test_a_long_chain_needs_no_recursion() -> None:
         y = y + 0.0
     y.sum().backward()
     np.testing.assert_allclose(x.grad.numpy(), [1.0])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["floor", "ceil", "trunc", "round", "sign"])
+def test_steps_have_gradient_zero(name: str) -> None:
+    x = leaf(0.3, -1.7)
+    assert brim.grad(getattr(brim, name)(x).sum(), x).tolist() == [0.0, 0.0]

@@ -66,7 +66,7 @@ positive: Op = elementwise("positive", lambda x: call("identity", x), vjp=lambda
 abs: Op = elementwise(
     "abs", lambda x: call("abs", x), vjp=lambda g, x, _out: g * sign(x), returns="real", doc="absolute value"
 )
-sign: Op = elementwise("sign", lambda x: call("sign", x), vjp=lambda g, _x, _out: None, doc="-1, 0 or 1")
+sign: Op = elementwise("sign", lambda x: call("sign", x), vjp=lambda g, _x, _out: where(True, 0.0, g), doc="-1, 0 or 1")
 square: Op = elementwise("square", lambda x: call("square", x), vjp=lambda g, x, _out: g * (2.0 * x), doc="x * x")
 sqrt: Op = elementwise(
     "sqrt", lambda x: call("sqrt", x), vjp=lambda g, _x, out: g / (2.0 * out), accepts="inexact", doc="square root"

@@ -10,9 +10,9 @@ from brim.ops.arithmetic import where
 from brim.ops.compare import signbit
 
 
-def _flat(g: Any, _x: Any, _out: Any) -> None:
-    # Steps are flat between the jumps: no gradient flows.
-    return None
+def _flat(g: Any, _x: Any, _out: Any) -> Any:
+    # Steps are flat between the jumps: the gradient is zero, also where the one above is not finite.
+    return where(True, 0.0, g)
 
 
 floor: Op = elementwise(
@@ -28,7 +28,7 @@ round: Op = elementwise(
 copysign: Op = elementwise(
     "copysign",
     lambda x, y: call("copysign", x, y),
-    vjp=lambda g, x, y, _out: (lambda: where(signbit(x) == signbit(y), g, -g), None),
+    vjp=lambda g, x, y, _out: (lambda: where(signbit(x) == signbit(y), g, -g), lambda: where(True, 0.0, g)),
     accepts="float",
     doc="|x| with the sign of y",
 )
