@@ -131,14 +131,22 @@ _spots = In((2, 3, 2, 2), dtype="int32", values=lambda rng: rng.integers(0, 20, 
 _distinct = In((2, 3, 5, 4), values=lambda rng: rng.permutation(120).reshape(2, 3, 5, 4) / 30)
 _POOL = {"kernel": (3, 2), "stride": (2, 1), "padding": (1, 0)}
 
+# Inputs of a few MB, for measuring what kernels allocate.
+_IMAGE_ROWS = (In((1024, 1024)),)
+_classes = In((4096,), 0, 255, "int64")
+_images, _weights, _gradients = In((8, 16, 64, 64)), In((32, 8, 3, 2)), In((8, 32, 32, 62))
+_planes = In((4, 16, 128, 128))
+_big_spots = In((4, 16, 64, 126), 0, 128 * 128 - 1, "int32")
+
 ROWS = [
-    Row("softmax", (In((3, 4)),), _softmax, {"axis": 1}, torch=lambda t, x: t.softmax(x, 1)),
+    Row("softmax", (In((3, 4)),), _softmax, {"axis": 1}, torch=lambda t, x: t.softmax(x, 1), big=_IMAGE_ROWS),
     Row(
         "log_softmax",
         (In((3, 4)),),
         lambda x, *, axis: np.log(_softmax(x, axis=axis)),
         {"axis": 0},
         torch=lambda t, x: t.log_softmax(x, 0),
+        big=_IMAGE_ROWS,
     ),
     Row(
         "dropout",
@@ -155,6 +163,7 @@ ROWS = [
         lambda x, w, b, *, eps: _normal(x, w[:, None], b[:, None], (0, 2), eps),
         {"eps": 1e-3},
         tolerance=LOOSE,
+        big=(In((64, 32, 512)), In((32,)), In((32,))),
     ),
     Row(
         "layer_norm",
@@ -162,16 +171,26 @@ ROWS = [
         lambda x, w, b, *, ndim, eps: _normal(x, w, b, (1, 2), eps),
         {"ndim": 2, "eps": 1e-3},
         tolerance=LOOSE,
+        big=(In((64, 32, 512)), In((32, 512)), In((32, 512))),
     ),
-    Row("pick_classes", (In((5, 4)), _labels), _pick, {"ignore_index": -100}),
-    Row("put_classes", (In((5,)), _labels), _put, {"classes": 4, "ignore_index": -100}),
-    Row("conv2d", (In((2, 4, 5, 6)), In((6, 2, 3, 2))), _conv, HOW, tolerance=LOOSE),
+    Row("pick_classes", (In((5, 4)), _labels), _pick, {"ignore_index": -100}, big=(In((4096, 256)), _classes)),
+    Row(
+        "put_classes",
+        (In((5,)), _labels),
+        _put,
+        {"classes": 4, "ignore_index": -100},
+        big=(In((4096,)), _classes),
+        big_params={"classes": 256},
+    ),
+    Row("conv2d", (In((2, 4, 5, 6)), In((6, 2, 3, 2))), _conv, HOW, tolerance=LOOSE, big=(_images, _weights)),
     Row(
         "conv2d_grad_input",
         (In((2, 6, 3, 4)), In((6, 2, 3, 2))),
         _conv_input,
         {**HOW, "size": (5, 6)},
         tolerance=LOOSE,
+        big=(_gradients, _weights),
+        big_params={"size": (64, 64)},
     ),
     Row(
         "conv2d_grad_weight",
@@ -179,16 +198,34 @@ ROWS = [
         _conv_weight,
         {**HOW, "kernel": (3, 2)},
         tolerance=LOOSE,
+        big=(_gradients, _images),
     ),
-    Row("max_pool2d", (_distinct,), _max_pool, {**_POOL, "dilation": (1, 2)}, tolerance=LOOSE),
-    Row("max_pool2d_grad", (In((2, 3, 2, 2)), _spots), _put_at, {"size": (5, 4)}, tolerance=LOOSE),
-    Row("max_pool2d_pick", (In((2, 3, 5, 4)), _spots), _pick_at),
-    Row("avg_pool2d", (In((2, 3, 5, 4)),), _avg_pool, {**_POOL, "count_include_pad": False}, tolerance=LOOSE),
+    Row("max_pool2d", (_distinct,), _max_pool, {**_POOL, "dilation": (1, 2)}, tolerance=LOOSE, big=(_planes,)),
+    Row(
+        "max_pool2d_grad",
+        (In((2, 3, 2, 2)), _spots),
+        _put_at,
+        {"size": (5, 4)},
+        tolerance=LOOSE,
+        big=(In((4, 16, 64, 126)), _big_spots),
+        big_params={"size": (128, 128)},
+    ),
+    Row("max_pool2d_pick", (In((2, 3, 5, 4)), _spots), _pick_at, big=(_planes, _big_spots)),
+    Row(
+        "avg_pool2d",
+        (In((2, 3, 5, 4)),),
+        _avg_pool,
+        {**_POOL, "count_include_pad": False},
+        tolerance=LOOSE,
+        big=(_planes,),
+    ),
     Row(
         "avg_pool2d_grad",
         (In((2, 3, 3, 3)),),
         _avg_pool_grad,
         {**_POOL, "count_include_pad": True, "size": (5, 4)},
         tolerance=LOOSE,
+        big=(In((4, 16, 64, 127)),),
+        big_params={"size": (128, 128)},
     ),
 ]
