@@ -113,7 +113,6 @@ class _Program:
                 self.loads[index] = take(self.input_dtypes[index])
         slots: dict[Expr, tuple[str, Any]] = {}
         self.steps: list[tuple[str, list[tuple[str, Any]], int, list[int]]] = []
-        remaining = dict(users)
         for node in nodes:
             if isinstance(node, Arg):
                 slots[node] = ("r", self.loads[node.index]) if node.index in self.loads else ("a", node.index)
@@ -127,8 +126,8 @@ class _Program:
                 for register in extra:
                     free.setdefault(compute, []).append(register)
                 for arg in node.args:
-                    remaining[arg] -= 1
-                    if remaining[arg] == 0 and isinstance(arg, Call):
+                    users[arg] -= 1
+                    if users[arg] == 0 and isinstance(arg, Call):
                         register = slots[arg][1]
                         free.setdefault(self.register_dtypes[register], []).append(register)
                 slots[node] = ("r", result)

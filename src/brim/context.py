@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["context", "layer_scope", "memory_category", "set_grad_enabled"]
+__all__ = ["context", "layer_scope", "set_grad_enabled"]
 
 
 class _Context(threading.local):
@@ -15,7 +15,6 @@ class _Context(threading.local):
 
     grad_enabled: bool = True
     layer: str = ""
-    category: str | None = None  # overrides the memory category of new blocks
     interpreter: Any = None  # None: the eager interpreter
 
 
@@ -42,14 +41,3 @@ def layer_scope(path: str) -> Iterator[None]:
         yield
     finally:
         context.layer = before
-
-
-@contextmanager
-def memory_category(category: str) -> Iterator[None]:
-    """Blocks allocated inside are booked under this category of the ledger."""
-    before = context.category
-    context.category = category
-    try:
-        yield
-    finally:
-        context.category = before

@@ -16,7 +16,7 @@ a function without arguments that is called only when that input's gradient is w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from brim.spec import (
     promote,
 )
 
-__all__ = ["REGISTRY", "Op", "composite", "elementwise", "ops_of_kind", "primitive", "set_eager_interpreter", "view"]
+__all__ = ["REGISTRY", "Op", "composite", "elementwise", "primitive", "set_eager_interpreter", "view"]
 
 REGISTRY: dict[str, Op] = {}
 
@@ -288,11 +288,6 @@ def composite(
         return Op(name, "composite", arity=arity, outputs=outputs, aux=aux, vjp=vjp, body=body, doc=body.__doc__)
 
     return register
-
-
-def ops_of_kind(kind: str) -> Iterator[Op]:
-    """All registered ops of one kind, in order of registration."""
-    return (op for op in REGISTRY.values() if op.kind == kind)
 
 
 def is_plain_call(tree: Expr) -> bool:

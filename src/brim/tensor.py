@@ -308,16 +308,16 @@ def empty(shape: Any, *, dtype: Any = default_float, device: Any = None, op: str
     spec = Spec(shape if type(shape) is tuple else as_shape(shape), as_dtype(dtype))
     if place.is_meta:
         return Tensor(spec, place)
-    block = place.memory.allocate(spec.nbytes, context.category or "temps", op, spec)
+    block = place.memory.allocate(spec.nbytes, "temps", op, spec)
     return Tensor(spec, place, block)
 
 
-def from_host(host: np.ndarray[Any, Any], place: Any = None, category: str | None = None) -> Tensor:
+def from_host(host: np.ndarray[Any, Any], place: Any = None, category: str = "inputs") -> Tensor:
     """A tensor with a copy of a NumPy array's values and its dtype."""
     out = empty(host.shape, dtype=as_dtype(host.dtype), device=place, op="asarray")
     if out.device.is_meta:
         return out
-    out.book_as(category or context.category or "inputs")
+    out.book_as(category)
     out.device.backend.upload(out.array, host)
     return out
 

@@ -1,8 +1,8 @@
-"""The only place that turns numbers into text for people: bytes, durations, counts."""
+"""The only place that turns numbers into text for people: bytes, durations."""
 
 from __future__ import annotations
 
-__all__ = ["format_bytes", "format_count", "format_duration"]
+__all__ = ["format_bytes", "format_duration"]
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -35,11 +35,3 @@ def format_duration(elapsed_s: float) -> str:
         hours, minutes = divmod(round(elapsed_s / 60), 60)
         return f"{hours} h {minutes:02d} min"
     return f"{elapsed_s / 86400:,.1f} days"
-
-
-def format_count(count: float) -> str:
-    """``950``, ``12.4 k``, ``3.1 M``, ``405.0 G``."""
-    for limit, unit in ((1e3, ""), (1e6, " k"), (1e9, " M"), (1e12, " G"), (1e15, " T")):
-        if abs(count) < limit:
-            return f"{count:,.0f}" if not unit else f"{count / (limit / 1e3):.1f}{unit}"
-    return f"{count:.2e}"
