@@ -33,7 +33,11 @@ TOLERANCE = {
 }
 
 # Ops that one body on one device cannot run, and where their test is.
-TESTED_ELSEWHERE = {"transfer": "between two devices: test_tensor.py"}
+TESTED_ELSEWHERE = {
+    "transfer": "between two devices: test_tensor.py",
+    "store": "only in programs: test_program_passes_basic.py, test_networks_planned.py",
+    "fused": "only in programs: test_fused_cpu.py, test_program_fuse.py",
+}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ import pytest
 
 import brim
 from brim.autograd import AutogradError
+from brim.context import context
 from brim.errors import DTypeError, ShapeError
+from replaying import Recorder
 
 
 def leaf(*values: float) -> brim.Tensor:
@@ -132,3 +134,21 @@ def test_a_long_chain_needs_no_recursion() -> None:
 def test_steps_have_gradient_zero(name: str) -> None:
     x = leaf(0.3, -1.7)
     assert brim.grad(getattr(brim, name)(x).sum(), x).tolist() == [0.0, 0.0]
+
+
+def test_gradients_are_computed_in_the_backward_phase() -> None:
+    x = brim.asarray([1.0, 2.0]).requires_grad_()
+    recorder = Recorder()
+    with recorder.recording():
+        y = (x * x).sum()
+        brim.grad(y, x, retain_graph=True)
+        brim.grad(y, x, create_graph=True)  # to be differentiated again: as much forward as backward
+        y.backward()
+    phases = [phase for _, phase, _ in recorder.ops]
+    assert phases[:2] == ["forward", "forward"]
+    assert phases.index("backward") < phases.index("forward", 2)
+    assert phases[-1] == "backward"
+    assert context.phase == "forward"
+    with pytest.raises(brim.errors.BrimError):
+        brim.zeros((2,)).backward()
+    assert context.phase == "forward"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
 
 import brim
 from brim import nn
-from brim.context import context
-from brim.errors import CheckpointError, DTypeError, ShapeError
+from brim.context import context, modes
+from brim.errors import CheckpointError, DTypeError, ShapeError, TraceError
+from brim.nn import functional as F
+from replaying import Recorder
 
 
 def model() -> nn.Sequential:
@@ -157,3 +160,101 @@ def test_init() -> None:
     for fn, std in ((nn.init.kaiming_normal_, math.sqrt(2 / 40)), (nn.init.xavier_uniform_, math.sqrt(2 / 100))):
         fn(w)
         assert w.numpy().std() == pytest.approx(std, rel=0.1)
+
+
+def test_a_trace_is_told_which_modules_it_goes_through() -> None:
+    model, recorder = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.Dropout(0.5))), Recorder()
+    x = brim.asarray(np.ones((2, 4), "float32"))
+    with recorder.recording():
+        model(x)
+    assert [type(module).__name__ for module in recorder.modules] == ["Sequential", "Linear", "Sequential", "Dropout"]
+    model(x)
+    assert len(recorder.modules) == 4
+
+
+def test_changes_of_mode_are_counted() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+    before = modes.changes
+    model.train()
+    assert modes.changes == before
+    model.eval()
+    assert modes.changes == before + 3
+    model.eval()
+    assert modes.changes == before + 3
+    model[1].training = True
+    assert modes.changes > before + 3
+    model.train()
+    assert all(module.training for module in model.modules())
+
+
+def test_dropout_draws_anew_in_each_run_of_a_recorded_step() -> None:
+    x, recorder, seen = brim.asarray(np.ones(64, "float32")), Recorder(), []
+    brim.manual_seed(3)
+    with recorder.recording():
+        total = F.dropout(x, 0.5).sum()
+        recorder.after_step(total * 1.0 + F.dropout(x, 0.25).sum() / 1024.0, seen.append)
+    recorder.replay()
+    recorder.replay()
+    brim.manual_seed(3)
+    wanted = [(F.dropout(x, 0.5).sum() * 1.0 + F.dropout(x, 0.25).sum() / 1024.0).item() for _ in range(3)]
+    assert seen == wanted
+    assert len(set(seen)) == 3
+    assert brim.random.get_state()["counter"] == 6
+
+
+def test_settings_of_layers_may_change_between_runs_of_a_recorded_step() -> None:
+    norm, drop, recorder = nn.BatchNorm1d(2, momentum=0.5), nn.Dropout(0.5), Recorder()
+    x = brim.asarray(np.array([[0.0, 2.0], [2.0, 4.0]], "float32"))
+    with recorder.recording():
+        norm(drop(x) * 0.0 + x)
+    np.testing.assert_allclose(norm.running_mean.numpy(), [0.5, 1.5])
+    norm.momentum = 0.0
+    recorder.replay()
+    np.testing.assert_allclose(norm.running_mean.numpy(), [0.5, 1.5])
+    norm.momentum = 1.0
+    recorder.replay()
+    np.testing.assert_allclose(norm.running_mean.numpy(), [1.0, 3.0])
+    assert norm.num_batches_tracked.item() == 3
+    assert not recorder.stale()
+    norm.momentum = None
+    assert recorder.stale()
+    norm.momentum, drop.p = 0.1, 0.25
+    assert recorder.stale()
+
+
+def test_numbers_drawn_on_the_host_are_refused_in_a_step() -> None:
+    with pytest.raises(TraceError, match="dropout"), Recorder().recording():
+        nn.init.uniform_(brim.zeros((2,)))
+    nn.init.uniform_(brim.zeros((2,)))
+
+
+def test_models_without_memory() -> None:
+    live, start_s = brim.memory_stats()["live_bytes"], time.perf_counter()
+    with brim.meta():
+        model = nn.Sequential(
+            nn.Linear(10**6, 10**6),
+            nn.BatchNorm1d(10**6),
+            nn.LayerNorm(10**6),
+            nn.Embedding(10**6, 10**6, padding_idx=0),
+            nn.Conv2d(10**4, 10**4, 3),
+        )
+        for name in (
+            "constant_",
+            "normal_",
+            "ones_",
+            "orthogonal_",
+            "trunc_normal_",
+            "xavier_normal_",
+            "kaiming_normal_",
+        ):
+            getattr(nn.init, name)(model[0].weight, *([1.0] if name == "constant_" else []))
+        out = model[:3].train()(brim.zeros((64, 10**6)))
+        out.mean().backward()
+    assert time.perf_counter() - start_s < 1.0
+    assert out.shape == (64, 10**6)
+    assert all(tensor.device.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert model[0].weight.grad.shape == (10**6, 10**6)
+    records = [tensor._block.record for tensor in (model[0].weight, model[1].running_mean, model[0].weight.grad)]
+    assert [record.category for record in records] == ["params", "buffers", "grads"]
+    assert brim.memory_stats()["live_bytes"] == live
+    assert nn.Linear(2, 2).weight.device.kind == "cpu"

@@ -215,7 +215,8 @@ def test_clip_norm_matches_torch(norm_type: float, max_norm: float) -> None:
     for p, t, g in zip(params, theirs, _values(1)):
         p.grad, t.grad = brim.asarray(g), torch.tensor(g)
     norm = optim.clip_grad_norm_(params, max_norm, norm_type)
-    assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs, max_norm, norm_type)), rel=1e-9)
+    assert norm.shape == ()
+    assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs, max_norm, norm_type)), rel=1e-9)
     for p, t in zip(params, theirs):
         np.testing.assert_allclose(p.grad.numpy(), t.grad.numpy(), rtol=1e-9)
 
@@ -230,4 +231,28 @@ def test_clip_value_and_nan() -> None:
     params[0].grad = brim.asarray(np.full(SHAPES[0], np.nan))
     with pytest.raises(FloatingPointError):
         optim.clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
-    assert np.isnan(optim.clip_grad_norm_(params, 1.0))
+    untouched = params[1].grad.numpy().copy()
+    with pytest.raises(FloatingPointError, match="nan"):
+        optim.clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
+    np.testing.assert_array_equal(params[1].grad.numpy(), untouched)
+    assert np.isnan(float(optim.clip_grad_norm_(params, 1.0)))
+    assert np.isnan(params[1].grad.numpy()).all()  # not hidden
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_clip_norm_of_half_widths_empty_and_missing_gradients(norm_type: float) -> None:
+    params = [
+        brim.zeros(shape, dtype=dtype) for shape, dtype in (((2,), "float16"), ((0,), "float32"), ((3,), "float32"))
+    ]
+    assert float(optim.clip_grad_norm_(params, 1.0, norm_type)) == 0.0
+    params[0].grad, params[1].grad = brim.asarray(np.full(2, 6e4, "float16")), brim.zeros((0,))
+    norm = optim.clip_grad_norm_(params, 1e-3, norm_type)  # the squares overflow float16, and so does 1 / norm
+    assert norm.dtype == brim.float32
+    assert float(norm) == pytest.approx(np.linalg.norm([6e4, 6e4], norm_type), rel=1e-3)
+    assert params[0].grad.dtype == brim.float16
+    assert float(optim.clip_grad_norm_(params, 1.0, norm_type)) == pytest.approx(1e-3, rel=1e-2)
+    assert params[2].grad is None
+    with pytest.raises(ValueError, match="max_norm"):
+        optim.clip_grad_norm_(params, -1.0)
+    with pytest.raises(ValueError, match="norm_type"):
+        optim.clip_grad_norm_(params, 1.0, 0.0)

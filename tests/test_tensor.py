@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import threading
 
 import numpy as np
 import pytest
 
 import brim
 from brim.device import Device
-from brim.errors import DeviceError, DTypeError, ShapeError
+from brim.errors import DeviceError, DTypeError, ShapeError, TraceError
+from replaying import Recorder
 
 
 @pytest.mark.parametrize(
@@ -168,3 +170,62 @@ def test_moving_between_devices_carries_gradients() -> None:
     assert x.grad is not None
     assert x.grad.device is x.device
     assert x.grad.tolist() == [2.0, 4.0]
+
+
+def test_meta_tensors_share_storage_and_say_what_they_are() -> None:
+    x = brim.empty((4, 6), device="meta")
+    view, other = x.reshape(24)[2:5], x + 1.0
+    assert view._block is x._block is x.detach()._block
+    assert other._block is not x._block
+    x.detach().bump_version()
+    assert (view.version, other.version) == (1, 0)
+    view.book_as("buffers", "stem")
+    record = x._block.record
+    assert (record.category, record.layer, record.nbytes) == ("buffers", "stem", 96)
+    assert (record.shape, record.dtype) == ((4, 6), brim.float32)
+    assert record.where.startswith(__file__)
+    assert other._block.record.op == "add"
+    with pytest.raises(DeviceError, match="meta"):
+        x.array  # noqa: B018
+    with pytest.raises(DeviceError, match="meta"):
+        x.to("cpu")
+
+
+def test_the_meta_block_sets_this_threads_default_device() -> None:
+    seen: list[str] = []
+    with brim.meta():
+        assert brim.default_device().is_meta
+        assert brim.zeros(3).device.is_meta
+        assert brim.asarray([1.0]).device.is_meta
+        assert brim.zeros(3, device="cpu").tolist() == [0.0, 0.0, 0.0]
+        thread = threading.Thread(target=lambda: seen.append(brim.zeros(3).device.name))
+        thread.start()
+        thread.join()
+        with pytest.raises(RuntimeError), brim.meta():
+            raise RuntimeError
+        assert brim.zeros(3).device.is_meta
+    assert seen == ["cpu"]
+    assert brim.zeros(3).device.kind == "cpu"
+
+
+def test_values_are_not_read_while_a_step_is_recorded() -> None:
+    x = brim.asarray([1.0, 2.0])
+    recorder = Recorder()
+    with recorder.recording():
+        y = x + 1.0
+        for read in (
+            y.numpy,
+            y.tolist,
+            y.sum().item,
+            lambda: bool(x[0] > 0),
+            lambda: np.asarray(x),
+            lambda: float(x[1]),
+        ):
+            with pytest.raises(TraceError):
+                read()
+        with pytest.raises(TraceError):
+            x.to("meta")
+        assert repr(y) == "tensor(..., shape=(2,), dtype=float32)"
+        made = brim.empty((2,)), brim.asarray([5.0, 6.0])
+    assert y.tolist() == [2.0, 3.0]
+    assert [t.shape for t in made] == [(2,), (2,)]

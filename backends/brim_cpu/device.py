@@ -6,7 +6,8 @@ import importlib
 import os
 import pkgutil
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from brim.op import Op
 from brim.spec import Scalar, Spec
 from brim_cpu import kernels
 from brim_cpu.elementwise import bind_elementwise
+from brim_cpu.fused import bind_fused
 from brim_cpu.registry import KERNELS
 
 __all__ = ["CpuBackend"]
@@ -61,14 +63,19 @@ class CpuBackend:
     def bind(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> BoundKernel:
         """The NumPy kernel for an op on these specs. Raises KeyError for a composite without one."""
         if op.kind == "elementwise" and op.name not in KERNELS:
-            bound = bind_elementwise(op, ins, outs[0], params)
-            return BoundKernel(_quiet(bound.run), bound.scratch_bytes, aliasing=True)
+            return bind_elementwise(op, ins, outs[0], params)
+        if op.name == "fused":
+            return bind_fused(params["formula"], ins, outs)
         record = KERNELS[op.name]
         scratch = record.scratch(ins, outs, **params) if record.scratch else 0
         library = record.library(ins, outs, **params) if record.library else 0
         flags = record.contiguous
         contiguous = (flags,) * len(ins) if isinstance(flags, bool) else tuple(i in flags for i in range(len(ins)))
-        return BoundKernel(_quiet(record.run), scratch, library, contiguous, record.aliasing)
+        return BoundKernel(record.run, scratch, library, contiguous, record.aliasing)
+
+    def running(self) -> AbstractContextManager[Any]:
+        """Floating-point exceptions give inf and nan, as on every device, and no warnings."""
+        return np.errstate(all="ignore")
 
     def upload(self, array: Array, host: Array) -> None:
         """Copy values in."""
@@ -90,13 +97,3 @@ class CpuBackend:
     def memory(self, index: int) -> MemoryInfo | None:
         """None: the host's limits are the answer."""
         return None
-
-
-def _quiet(run: Callable[..., None]) -> Callable[..., None]:
-    """Floating-point exceptions give inf and nan, as on every device, and no warnings."""
-
-    def quiet(*args: Any, **kwargs: Any) -> None:
-        with np.errstate(all="ignore"):
-            run(*args, **kwargs)
-
-    return quiet

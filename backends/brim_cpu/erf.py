@@ -59,7 +59,7 @@ def _polynomial(out: Array, x: Array, coefficients: tuple[float, ...]) -> None:
         np.add(out, out.dtype.type(c), out=out)
 
 
-def erf(x: Any, out: Array, registers: list[Array]) -> None:
+def erf(x: Any, out: Array, *registers: Array) -> None:
     """``out = erf(x)``; ``registers`` are five arrays like ``out``. NaN stays NaN."""
     size, top, bottom, near, mask = registers
     kind = out.dtype.type

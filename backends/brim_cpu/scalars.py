@@ -1,17 +1,16 @@
-"""The scalar functions of ``brim.expr`` as NumPy calls ``f(*arrays, out)`` that allocate nothing."""
+"""The scalar functions of ``brim.expr`` as NumPy calls that write into an array and allocate nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from brim_cpu.erf import ERF_REGISTERS, erf
 
-__all__ = ["EXTRA_REGISTERS", "SCALARS", "UFUNCS"]
-
-Array = np.ndarray[Any, Any]
+__all__ = ["EXTRA_REGISTERS", "UFUNCS", "bound_call", "is_ufunc", "numpy_calls"]
 
 UFUNCS: dict[str, Any] = {
     "add": np.add,
@@ -82,39 +81,60 @@ UFUNCS: dict[str, Any] = {
 }
 
 
-def _identity(x: Any, out: Array) -> None:
-    np.copyto(out, x, casting="unsafe")
-
-
-def _where(condition: Any, x: Any, y: Any, out: Array) -> None:
-    # ``out`` is a register of its own or the op's output; the evaluator never makes it x or the condition.
-    if out is not y:
-        np.copyto(out, y)
-    np.copyto(out, x, where=condition)
-
-
-def _rsqrt(x: Any, out: Array) -> None:
-    np.sqrt(x, out=out)
-    np.divide(out.dtype.type(1), out, out=out)
-
-
-_INTEGER_SAFE = {"floor", "ceil", "trunc", "round"}
-
-
-def _rounding(fn: Any) -> Callable[..., None]:
-    def run(x: Any, out: Array) -> None:
-        if out.dtype.kind in "biu":
-            np.copyto(out, x)  # an integer is rounded already
-        else:
-            fn(x, out)
-
-    return run
-
-
-SCALARS: dict[str, Callable[..., None]] = {
-    name: _rounding(fn) if name in _INTEGER_SAFE else fn for name, fn in UFUNCS.items()
-}
-SCALARS |= {"identity": _identity, "where": _where, "rsqrt": _rsqrt, "erf": erf}
-
+# Functions that are more, or other, than one ufunc; EXTRA_REGISTERS: scratch that one needs beside its result.
 EXTRA_REGISTERS: dict[str, int] = {"erf": ERF_REGISTERS}
-"""Scratch registers that a function needs beside its result; it is called ``f(x, out, registers)``."""
+_ROUNDING = frozenset(("floor", "ceil", "trunc", "round"))
+
+
+def _maximum(x: Any, y: Any, out: Any) -> None:
+    np.maximum(x, y, out=out)
+
+
+def _minimum(x: Any, y: Any, out: Any) -> None:
+    np.minimum(x, y, out=out)
+
+
+# NumPy deprecated the positional ``out`` of these two alone.
+_BY_KEYWORD: dict[Any, Callable[..., Any]] = {np.maximum: _maximum, np.minimum: _minimum}
+_NAMED = {wrapper: ufunc for ufunc, wrapper in _BY_KEYWORD.items()}
+
+
+def bound_call(fn: Callable[..., Any], operands: tuple[Any, ...]) -> Callable[[], Any]:
+    """One of the calls that ``numpy_calls`` gives, with its operands, as a call without arguments."""
+    ufunc = _NAMED.get(fn)
+    return partial(fn, *operands) if ufunc is None else partial(ufunc, *operands[:-1], out=operands[-1])
+
+
+def is_ufunc(fn: str, compute: np.dtype[Any]) -> bool:
+    """True when the function is one ufunc on operands of this dtype."""
+    return fn in UFUNCS and not (fn in _ROUNDING and compute.kind in "biu")
+
+
+def numpy_calls(
+    fn: str, args: Sequence[int], out: int, extra: Sequence[int], compute: np.dtype[Any], constant: Callable[[Any], int]
+) -> list[tuple[Callable[..., Any], tuple[int, ...]]]:
+    """A scalar function as NumPy calls ``f(*positional)``; operands are numbers of slots that hold the arrays.
+
+    ``out`` may be the same array as an argument, but for "where", whose ``out`` may only be the last one.
+
+    Arguments:
+        fn: name of the function, or "cast".
+        args, out, extra: slots of the arguments, of the result, and of scratch like the result.
+        compute: dtype of the arguments.
+        constant: gives the slot of a constant.
+    """
+    if is_ufunc(fn, compute):
+        ufunc = UFUNCS[fn]
+        return [(_BY_KEYWORD.get(ufunc, ufunc), (*args, out))]
+    unsafe = constant("unsafe")
+    if fn == "cast" or fn == "identity" or fn in _ROUNDING:  # an integer is rounded already
+        return [(np.copyto, (out, args[0], unsafe))]
+    if fn == "where":
+        condition, x, y = args
+        chosen = (np.copyto, (out, x, unsafe, condition))
+        return [chosen] if out == y else [(np.copyto, (out, y, unsafe)), chosen]
+    if fn == "rsqrt":
+        return [(np.sqrt, (args[0], out)), (np.divide, (constant(compute.type(1)), out, out))]
+    if fn == "erf":
+        return [(erf, (args[0], out, *extra))]
+    raise KeyError(f"the CPU backend has no scalar function {fn!r}")

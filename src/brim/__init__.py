@@ -33,9 +33,15 @@ from brim.creation import *  # noqa: F403
 from brim.device import Device as Device
 from brim.device import default_device as default_device
 from brim.device import device as device
+from brim.device import meta as meta
 from brim.device import set_default_device as set_default_device
 from brim.errors import BudgetExceeded as BudgetExceeded
+from brim.errors import TraceError as TraceError
 from brim.ops import *  # noqa: F403
+from brim.program.compile import compile as compile
+from brim.program.compile import plan as plan
+from brim.program.compile import spec as spec
+from brim.program.plan import Plan as Plan
 from brim.random import manual_seed as manual_seed
 from brim.spec import DTYPES
 from brim.spec import Spec as Spec

@@ -10,10 +10,10 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from brim.context import context, layer_scope, set_grad_enabled
+from brim.context import context, layer_scope, phase_scope, set_grad_enabled
 from brim.errors import BrimError, BudgetExceeded, ShapeError
 from brim.op import Op
 from brim.ops.movement import sum_to
@@ -228,6 +228,11 @@ def _seed(output: Any, gradient: Any) -> Any:
     return gradient
 
 
+def _phase(create_graph: bool) -> AbstractContextManager[None]:
+    """Gradients belong to the backward pass, unless they are themselves something to differentiate."""
+    return nullcontext() if create_graph else phase_scope("backward")
+
+
 def backward(
     output: Any, gradient: Any = None, *, create_graph: bool = False, retain_graph: bool | None = None
 ) -> None:
@@ -243,12 +248,14 @@ def backward(
         AutogradError: nothing requires gradients, or the record is used up.
         ShapeError: no gradient given for more than one element.
     """
-    seed = _seed(output, gradient)
 
     def on_leaf(leaf: Any, value: Any) -> None:
         leaf.accumulate_grad(value, create_graph)
 
-    _walk([output], [seed], create_graph, create_graph if retain_graph is None else retain_graph, on_leaf, {}, _ignore)
+    keep = create_graph if retain_graph is None else retain_graph
+    with _phase(create_graph):
+        seed = _seed(output, gradient)
+        _walk([output], [seed], create_graph, keep, on_leaf, {}, _ignore)
 
 
 def _ignore(position: int, value: Any) -> None:
@@ -283,7 +290,6 @@ def grad(
     wanted_tensors = [inputs] if single else list(inputs)
     outs = [outputs] if not isinstance(outputs, Sequence) else list(outputs)
     weights = [gradients] * len(outs) if not isinstance(gradients, Sequence) else list(gradients)
-    seeds = [_seed(out, weight) for out, weight in zip(outs, weights, strict=True)]
     leaves: dict[int, int] = {}
     wanted: dict[tuple[int, int], int] = {}
     for position, tensor in enumerate(wanted_tensors):
@@ -303,7 +309,9 @@ def grad(
             on_wanted(leaves[id(leaf)], value)
 
     keep = create_graph if retain_graph is None else retain_graph
-    _walk(outs, seeds, create_graph, keep, on_leaf, wanted, on_wanted)
+    with _phase(create_graph):
+        seeds = [_seed(out, weight) for out, weight in zip(outs, weights, strict=True)]
+        _walk(outs, seeds, create_graph, keep, on_leaf, wanted, on_wanted)
     for position, result in enumerate(results):
         if result is None and not allow_unused:
             raise AutogradError(

@@ -7,6 +7,7 @@ kernels; it never decides about budgets, gradients or plans.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,16 @@ import numpy as np
 from brim.op import Op
 from brim.spec import Scalar, Spec
 
-__all__ = ["Backend", "BoundKernel", "MemoryInfo"]
+__all__ = ["Backend", "BoundKernel", "MemoryInfo", "ScalarCell"]
+
+
+class ScalarCell:
+    """A number that may differ from run to run of prepared calls: ``value`` is read at each run."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Scalar = 0) -> None:
+        self.value = value
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +39,9 @@ class BoundKernel:
         library_bytes: memory that a library call inside allocates and frees by itself, an upper bound.
         contiguous: which inputs must be row-major (the caller copies the others).
         aliasing: True when an output may share its memory, element for element, with an input of the same spec.
+        prepare: ``prepare(out, *ins, scratch=None, **params)`` gives calls without arguments that together do what
+            ``run`` does on exactly these arrays; None where there are none. Scalars among the inputs are constants,
+            but for a ``ScalarCell``.
     """
 
     run: Callable[..., None]
@@ -36,6 +49,7 @@ class BoundKernel:
     library_bytes: int = 0
     contiguous: tuple[bool, ...] = ()
     aliasing: bool = False
+    prepare: Callable[..., list[Callable[[], None]] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +93,9 @@ class Backend(Protocol):
 
     def bind(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> BoundKernel:
         """The kernel for an op on these specs. Raises KeyError when the op has none (a composite's body runs then)."""
+
+    def running(self) -> AbstractContextManager[Any]:
+        """A new context that is entered around kernel calls (one or many)."""
 
     def upload(self, array: Any, host: np.ndarray[Any, Any]) -> None:
         """Copy a host array of the same shape and dtype into a device array."""

@@ -11,13 +11,12 @@ import numpy as np
 
 from brim.device import device as find_device
 from brim.errors import DTypeError, ShapeError
-from brim.op import primitive
+from brim.ops.filling import fill, iota
 from brim.ops.join import tril
 from brim.ops.movement import broadcast_to, reshape, set_slice
 from brim.spec import (
     DTYPES,
     Scalar,
-    Spec,
     as_dtype,
     as_shape,
     default_float,
@@ -44,19 +43,6 @@ __all__ = [
     "zeros",
     "zeros_like",
 ]
-
-_fill = primitive(
-    "fill",
-    lambda value, *, shape, dtype, device: Spec(shape, dtype),
-    doc="one number everywhere",
-)
-_iota = primitive(
-    "iota",
-    lambda start, step, *, count, last, dtype, device: Spec((count,), dtype),
-    arity=2,
-    doc="start + i * step; floats are computed in float64 and rounded once",
-)
-
 
 def _place(device: Any) -> str:
     return find_device(device).name
@@ -91,7 +77,7 @@ def full(shape: Any, value: Any, *, dtype: Any = None, device: Any = None, requi
         bounds = np.iinfo(kind)
         if not bounds.min <= number <= bounds.max:
             raise DTypeError(f"{number} cannot be stored as {kind}, which holds {bounds.min} to {bounds.max}")
-    out = _fill(number, shape=as_shape(shape), dtype=kind, device=_place(device))
+    out = fill(number, shape=as_shape(shape), dtype=kind, device=_place(device))
     return out.requires_grad_() if requires_grad else out
 
 
@@ -170,7 +156,7 @@ def arange(
     whole = not any(isinstance(v, float) for v in (first, last, by))
     kind = (DTYPES["int64"] if whole else default_float) if dtype is None else as_dtype(dtype)
     count = max(0, -((last - first) // -by) if whole else math.ceil((last - first) / by))
-    out = _iota(first, by, count=int(count), last=None, dtype=kind, device=_place(device))
+    out = iota(first, by, count=int(count), last=None, dtype=kind, device=_place(device))
     return out.requires_grad_() if requires_grad else out
 
 
@@ -194,7 +180,7 @@ def linspace(
     parts = count - 1 if endpoint else count
     step = (float(stop) - float(start)) / parts if parts > 0 else 0.0
     end = float(stop) if endpoint and count > 1 else None
-    out = _iota(float(start), step, count=count, last=end, dtype=kind, device=_place(device))
+    out = iota(float(start), step, count=count, last=end, dtype=kind, device=_place(device))
     return out.requires_grad_() if requires_grad else out
 
 

@@ -6,14 +6,17 @@ A backend is a package with an entry point in the group ``brim.backends``; nothi
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from brim.backend import Backend
+from brim.context import context
 from brim.errors import DeviceError
 from brim.memory.guard import DeviceMemory
 
-__all__ = ["Device", "available_backends", "default_device", "device", "set_default_device"]
+__all__ = ["Device", "available_backends", "default_device", "device", "meta", "set_default_device"]
 
 _devices: dict[tuple[str, int], Device] = {}
 _backends: dict[str, Backend] = {}
@@ -73,14 +76,18 @@ def _load(kind: str) -> Backend:
 
 
 def device(name: str | Device | None = None) -> Device:
-    """The device of a name such as "cpu", "cuda" or "cuda:1"; None gives the default device.
+    """The device of a name such as "cpu", "cuda" or "cuda:1"; None gives the default device (see ``meta``).
 
     Raises:
         DeviceError: no such backend, no such index, or exactly what the backend lacks on this machine.
     """
     if isinstance(name, Device):
         return name
-    name = _default if name is None else name
+    if name is None:
+        if context.default_device is not None:
+            chosen: Device = context.default_device
+            return chosen
+        name = _default
     if not isinstance(name, str):
         raise DeviceError(f"a device is named by a string such as 'cpu' or 'cuda:0', got {name!r}")
     kind, colon, digits = name.partition(":")
@@ -104,10 +111,24 @@ def device(name: str | Device | None = None) -> Device:
 
 def default_device() -> Device:
     """The device of tensors that are made without naming one: "cpu" until ``set_default_device``."""
-    return device(_default)
+    return device(None)
 
 
 def set_default_device(name: str | Device) -> None:
     """Make tensors on this device unless told otherwise. Raises DeviceError if it is not there."""
     global _default
     _default = device(name).name
+
+
+@contextmanager
+def meta() -> Iterator[None]:
+    """Tensors made inside without naming a device have a shape and no memory, however large: ``with brim.meta(): ...``.
+
+    Only the calling thread is concerned.
+    """
+    before = context.default_device
+    context.default_device = device(META)
+    try:
+        yield
+    finally:
+        context.default_device = before

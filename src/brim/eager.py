@@ -20,7 +20,7 @@ from brim.op import Op, set_eager_interpreter
 from brim.spec import Scalar, Spec, as_dtype
 from brim.tensor import Tensor, empty, from_host
 
-__all__ = ["Eager"]
+__all__ = ["Eager", "check_out"]
 
 _SCALARS = (bool, int, float, complex)
 _KEPT_PLANS = 8192
@@ -61,6 +61,8 @@ class Eager:
                 key.append(arg.spec)
             elif type(arg) in _SCALARS:
                 key.append(type(arg))
+            elif (kind := self._scalar_kind(arg)) is not None:
+                key.append(kind)
             else:
                 return self.apply(op, _as_operands(op, args), params, out)
         if place is None:
@@ -77,7 +79,7 @@ class Eager:
         recording = wants_grad and context.grad_enabled
         if plan.view_offset is not None:
             outputs: tuple[Tensor, ...] = (self._view(plan, args[0]),)
-        elif plan.kernel is not None or place.is_meta:
+        elif plan.out_specs:
             outputs = self._run(op, plan, args, params, place, out)
         elif op.vjp is None and out is None:
             return op.body(*args, **params)  # type: ignore[misc]  # its own ops record themselves
@@ -101,6 +103,10 @@ class Eager:
                 self._inferred.clear()
             self._inferred[key] = found
         return found
+
+    def _scalar_kind(self, arg: Any) -> type | None:
+        """The Python type that an operand stands for which is no number yet; None for anything else."""
+        return None
 
     def _plan(self, op: Op, args: Sequence[Any], params: dict[str, Any], place: Device) -> _Plan:
         ins = [arg.spec if isinstance(arg, Tensor) else arg for arg in args]
@@ -143,17 +149,20 @@ class Eager:
     ) -> tuple[Tensor, ...]:
         given = () if out is None else out if isinstance(out, tuple) else (out,)
         if given:
-            _check_out(op, plan.out_specs, given, args)
+            check_out(op, plan.out_specs, given, args)
         kernel = plan.kernel
         # A plain loop: the frame of a generator expression would keep the inputs alive in a refusal's traceback.
         made: list[Tensor] = []
         for i, spec in enumerate(plan.out_specs):
             target = given[i] if given else None
-            if target is None or not _writable_directly(plan, target, args):
+            if target is None or (kernel is not None and not _writable_directly(plan, target, args)):
                 target = empty(spec.shape, dtype=spec.dtype, device=place, op=op.name)
             made.append(target)
         outputs = tuple(made)
         if kernel is None:
+            for target in given:
+                if target is not None:
+                    target.bump_version()
             return outputs
         if plan.copies:
             args = [
@@ -168,7 +177,8 @@ class Eager:
                 block.buffer, block.offset_bytes, Spec((kernel.scratch_bytes,), np.dtype("u1"))
             )
         written = outputs[0].array if op.outputs == 1 else tuple(o.array for o in outputs)
-        kernel.run(written, *arrays, scratch=scratch, **params)
+        with place.backend.running():
+            kernel.run(written, *arrays, scratch=scratch, **params)
         if given:
             outputs = tuple(_deliver(result, want) for result, want in zip(outputs, given, strict=True))
         return outputs
@@ -180,7 +190,7 @@ class Eager:
         if out is None:
             return tuple(o.detach() if any(o is a for a in args) else o for o in outputs)
         given = out if isinstance(out, tuple) else (out,)
-        _check_out(op, tuple(o.spec for o in outputs), given, args)
+        check_out(op, tuple(o.spec for o in outputs), given, args)
         return tuple(_deliver(made, want) for made, want in zip(outputs, given, strict=True))
 
 
@@ -203,7 +213,7 @@ def _writable_directly(plan: _Plan, target: Tensor, args: Sequence[Any]) -> bool
     return True
 
 
-def _check_out(op: Op, specs: Sequence[Spec], given: Sequence[Tensor | None], args: Sequence[Any]) -> None:
+def check_out(op: Op, specs: Sequence[Spec], given: Sequence[Tensor | None], args: Sequence[Any]) -> None:
     if len(given) != len(specs):
         raise ShapeError(f"{op.name} has {len(specs)} outputs, got {len(given)} tensors to write into")
     for spec, target in zip(specs, given, strict=True):

@@ -23,7 +23,7 @@ import numpy as np
 
 from brim.context import context
 from brim.errors import DTypeError
-from brim.expr import Arg, Call, Expr, call, substitute, trace_formula
+from brim.expr import Arg, Call, Expr, FormulaBuilder, Operand, call, substitute, trace_formula
 from brim.spec import (
     DTYPES,
     Scalar,
@@ -160,6 +160,32 @@ class Op:
         if self.returns == "param":
             return compute, params["dtype"]
         return compute, DTYPES["float32" if compute.itemsize == 8 else "float64"] if is_complex(compute) else compute
+
+    def splice(
+        self,
+        builder: FormulaBuilder,
+        operands: Sequence[Operand],
+        ins: Sequence[Spec | Scalar],
+        params: dict[str, Any],
+        dtype: np.dtype[Any],
+    ) -> Operand:
+        """Add an elementwise op to a fused formula, with every conversion: the operand for its result in ``dtype``.
+
+        Half-width floats are computed in float32 and rounded once, at the end.
+        """
+        assert self.formula is not None
+        if is_plain_call(self.formula) and self.formula.fn == "identity" and isinstance(ins[0], Spec):  # type: ignore[attr-defined]
+            return builder.cast(operands[0], dtype)
+        compute, _ = self.dtypes(ins, params)
+        if is_float(compute) and compute.itemsize == 2:
+            compute = default_float
+        dtypes = [
+            compute if self.promoted is None or index in self.promoted else DTYPES["bool"] for index in range(len(ins))
+        ]
+        result = builder.tree(self.formula, operands, dtypes, compute)
+        if builder.dtype(result) is None:
+            return ("step", builder.result(result, compute, dtype))
+        return builder.cast(result, dtype)
 
 
 def _dtype_name(operand: Spec | Scalar) -> str:

@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from brim.context import context, host_scalars
+from brim.errors import TraceError
+
 __all__ = ["get_state", "host_generator", "manual_seed", "next_counter", "permutation", "set_state"]
 
 _MASK = 2**64 - 1
@@ -37,7 +40,12 @@ def manual_seed(seed: int) -> None:
 
 
 def next_counter() -> tuple[int, int]:
-    """(seed, counter) of a new draw."""
+    """(seed, counter) of a new draw; in a planned step, of a new draw each time it runs."""
+    seed, counter = host_scalars(_draw, (int, int))
+    return seed, counter
+
+
+def _draw() -> tuple[int, int]:
     global _counter
     with _lock:
         _counter += 1
@@ -64,8 +72,17 @@ def philox(seed: int, counter: int, stream: int = _STREAM_DRAWS) -> np.random.Ph
 
 
 def host_generator() -> np.random.Generator:
-    """A NumPy generator for one new draw: initial weights are drawn on the host, then copied to the device."""
-    return np.random.Generator(philox(*next_counter()))
+    """A NumPy generator for one new draw: initial weights are drawn on the host, then copied to the device.
+
+    Raises:
+        TraceError: called in a planned step, where the numbers would be the same in every run.
+    """
+    if context.interpreter is not None:
+        raise TraceError(
+            "random numbers drawn on the host are constants in a planned step: every run would use the same ones; "
+            "use brim.nn.functional.dropout, or draw before the step and pass the numbers in as an argument"
+        )
+    return np.random.Generator(philox(*_draw()))
 
 
 def permutation(n: int, *, seed: int, epoch: int) -> np.ndarray[Any, Any]:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from brim import autograd, ops
-from brim.context import context
+from brim.context import context, layer_scope
 from brim.device import Device
 from brim.device import device as find_device
-from brim.errors import DeviceError, DTypeError, ShapeError
+from brim.errors import DTypeError, ShapeError
 from brim.interop import Export, from_dlpack_array
-from brim.memory.pool import Block
+from brim.memory.pool import Block, MetaBlock
 from brim.op import Op
 from brim.spec import Spec, as_dtype, as_shape, default_float, is_float
 from brim.tensor_methods import TensorMethods
@@ -33,27 +33,27 @@ class Tensor(TensorMethods):
         device: where it lives.
         offset: first element, counted from the start of its block.
         requires_grad: whether operations on it are recorded for gradients.
-        grad: its gradient after ``backward`` (leaves only), else None.
     """
 
     __slots__ = (
         "__weakref__",
         "_array",
         "_block",
+        "_grad",
         "_index",
         "_node",
         "_requires_grad",
         "device",
-        "grad",
         "offset",
         "spec",
     )
 
-    def __init__(self, spec: Spec, device: Device, block: Block | None = None, offset: int = 0) -> None:
-        self.spec, self.device, self._block, self.offset = spec, device, block, offset
+    def __init__(self, spec: Spec, device: Device, block: Block | MetaBlock | None = None, offset: int = 0) -> None:
+        self.spec, self.device, self.offset = spec, device, offset
+        self._block: Block | MetaBlock = MetaBlock(spec) if block is None else block
         self._array: Any = None
         self._requires_grad = False
-        self.grad: Tensor | None = None
+        self._grad: Tensor | None = None
         self._node: autograd.Node | None = None
         self._index = 0
 
@@ -84,14 +84,12 @@ class Tensor(TensorMethods):
     @property
     def array(self) -> Any:
         """The backend's array over this tensor's memory (NumPy on the CPU). Written to by kernels only."""
+        if context.interpreter is not None:
+            context.interpreter.refuse_read(self)
         if self._array is None:
-            if self._block is None:
-                raise DeviceError(
-                    f"this tensor of shape {self.shape} is on the meta device: it has a shape and no values; "
-                    "make it on 'cpu' or 'cuda' to compute with it"
-                )
+            buffer = self._block.buffer  # raises on the meta device
             start = self._block.offset_bytes + self.offset * self.dtype.itemsize
-            self._array = self.device.backend.view(self._block.buffer, start, self.spec)
+            self._array = self.device.backend.view(buffer, start, self.spec)
         return self._array
 
     @property
@@ -107,6 +105,19 @@ class Tensor(TensorMethods):
         self._requires_grad = bool(value)
 
     @property
+    def grad(self) -> Tensor | None:
+        """Its gradient after ``backward`` (leaves only), else None."""
+        if context.interpreter is not None:
+            context.interpreter.note_gradient(self, None)
+        return self._grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if context.interpreter is not None:
+            context.interpreter.note_gradient(self, "written")
+        self._grad = value
+
+    @property
     def is_leaf(self) -> bool:
         """True when it was not computed from tensors that require gradients."""
         return self._node is None
@@ -114,22 +125,20 @@ class Tensor(TensorMethods):
     @property
     def version(self) -> int:
         """Number of in-place writes to its block so far."""
-        return 0 if self._block is None else self._block.version
+        return self._block.version
 
     def bump_version(self) -> None:
         """Note an in-place write."""
-        if self._block is not None:
-            self._block.version += 1
+        self._block.version += 1
 
     def mark_saved(self) -> None:
         """Book the block as an activation: the backward pass needs it."""
-        if self._block is not None and self._block.record.category == "temps":
+        if self._block.record.category == "temps":
             self._block.recategorise("activations")
 
     def book_as(self, category: str, layer: str | None = None) -> Tensor:
         """Book the memory under a category of the ledger ("params", "optimizer", ...); returns the tensor."""
-        if self._block is not None:
-            self._block.recategorise(category, layer)
+        self._block.recategorise(category, layer)
         return self
 
     # ---------------------------------------------------------------- gradients
@@ -142,16 +151,17 @@ class Tensor(TensorMethods):
 
     def accumulate_grad(self, gradient: Tensor, create_graph: bool = False) -> None:
         """Add to ``.grad``; the first gradient is taken over without a copy where nobody else holds it."""
-        if self.grad is None:
-            if gradient._block is self._block or not gradient.spec.contiguous:
-                gradient = gradient.copy()
-            self.grad = gradient if create_graph else gradient.detach()
-            if self.grad._block is not None and self.grad._block.record.category in ("temps", "activations"):
-                self.grad.book_as("grads")
-        elif create_graph:
-            self.grad = self.grad + gradient
-        else:
-            self.grad = ops.add(self.grad, gradient).book_as("grads")
+        layer = self._block.record.layer
+        with layer_scope(layer or context.layer):
+            if self.grad is None:
+                if gradient._block is self._block or not gradient.spec.contiguous:
+                    gradient = gradient.copy()
+                made = gradient if create_graph else gradient.detach()
+            else:
+                made = self.grad + gradient if create_graph else ops.add(self.grad, gradient)
+        if made._block.record.category in ("temps", "activations"):
+            made.book_as("grads", layer or None)
+        self.grad = made
 
     def detach(self) -> Tensor:
         """The same memory without the history: gradients stop here."""
@@ -166,6 +176,9 @@ class Tensor(TensorMethods):
 
     def write(self, value: Any) -> Tensor:
         """Overwrite the elements with ``value`` (broadcast, converted to this dtype), without recording it."""
+        if type(value) in (bool, int, float):
+            ops.fill.into(self, value, shape=self.shape, dtype=self.dtype, device=self.device.name)
+            return self
         source = value if isinstance(value, Tensor) else asarray(value, dtype=self.dtype, device=self.device)
         with autograd.no_grad():
             if source.device is not self.device:
@@ -268,7 +281,7 @@ class Tensor(TensorMethods):
     def __repr__(self) -> str:
         gradient = ", requires_grad=True" if self.requires_grad else ""
         place = "" if self.device.kind == "cpu" else f", device='{self.device}'"
-        if self._block is None and self.device.is_meta:
+        if self.device.is_meta or context.interpreter is not None:  # while a step is traced there are no values
             return f"tensor(..., shape={self.shape}, dtype={self.dtype}{place}{gradient})"
         host = self.device.backend.download(self.array)
         shown = host.astype(np.float32) if self.dtype.name in ("bfloat16", "float16") else host
@@ -306,19 +319,23 @@ def empty(shape: Any, *, dtype: Any = default_float, device: Any = None, op: str
     """
     place = device if isinstance(device, Device) else find_device(device)
     spec = Spec(shape if type(shape) is tuple else as_shape(shape), as_dtype(dtype))
+    if context.interpreter is not None:
+        made: Tensor = context.interpreter.empty(spec, place, op)
+        return made
     if place.is_meta:
-        return Tensor(spec, place)
+        return Tensor(spec, place, MetaBlock(spec, op))
     block = place.memory.allocate(spec.nbytes, "temps", op, spec)
     return Tensor(spec, place, block)
 
 
 def from_host(host: np.ndarray[Any, Any], place: Any = None, category: str = "inputs") -> Tensor:
     """A tensor with a copy of a NumPy array's values and its dtype."""
-    out = empty(host.shape, dtype=as_dtype(host.dtype), device=place, op="asarray")
-    if out.device.is_meta:
-        return out
-    out.book_as(category)
-    out.device.backend.upload(out.array, host)
+    if context.interpreter is not None:
+        made: Tensor = context.interpreter.constant(host, find_device(place), category)
+        return made
+    out = empty(host.shape, dtype=as_dtype(host.dtype), device=place, op="asarray").book_as(category)
+    if not out.device.is_meta:
+        out.device.backend.upload(out.array, host)
     return out
 
 
@@ -336,6 +353,8 @@ def move(x: Tensor, place: Device) -> Tensor:
     """The tensor on another device; itself when it is there already."""
     if x.device is place:
         return x
+    if context.interpreter is not None:
+        context.interpreter.refuse_move(x, place)
     if place.is_meta:
         return empty(x.shape, dtype=x.dtype, device=place)
     out = from_host(x.detach().numpy(), place, "temps")

@@ -154,10 +154,17 @@ class DataLoader:
         self._resume, self._current = True, None
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return self._start(self.to_tensor)
+
+    def arrays(self) -> Iterator[tuple[Any, ...]]:
+        """One epoch like a ``for`` loop over the loader, but always as NumPy arrays: for steps that are planned."""
+        return self._start(False)
+
+    def _start(self, to_tensor: bool) -> Iterator[tuple[Any, ...]]:
         if self._position and not self._resume:  # the last loop was left early
             self._epoch, self._position = self._epoch + 1, 0
         self._resume = False
-        return _Loop(self)
+        return _Loop(self, to_tensor)
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled or copied loader goes on where this one is.
@@ -187,10 +194,10 @@ class _Pass:
 class _Loop(Iterator[tuple[Any, ...]]):
     """One loop over one epoch, from the loader's position on."""
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader, to_tensor: bool) -> None:
         self._loader, self._epoch, self._position = loader, loader.epoch, loader.position
         self._stop, self._depth = len(loader), loader.prefetch
-        self._device, self._to_tensor = loader.device, loader.to_tensor
+        self._device, self._to_tensor = loader.device, to_tensor
         self._pass = _Pass(loader.dataset, loader.order(loader.epoch), loader.batch_size)
         self._worker: Prefetcher[tuple[Array, ...]] | None = None
         self._process = os.getpid()

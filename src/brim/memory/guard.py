@@ -16,6 +16,7 @@ from typing import Any
 from brim.backend import Backend
 from brim.context import context
 from brim.errors import BudgetExceeded
+from brim.memory.arena import Arena
 from brim.memory.budget import Budget, BudgetLike, budget_for, budget_from_environment, parse_budget, tighter
 from brim.memory.host import read_host_memory
 from brim.memory.ledger import BlockRecord, Ledger, user_site
@@ -35,6 +36,7 @@ class DeviceMemory:
     Attributes:
         ledger: every live block.
         pool: where blocks come from.
+        arena: where planned steps run.
         budget: the budget in force.
         limit_bytes: what it comes to here, or None for no limit.
     """
@@ -50,6 +52,7 @@ class DeviceMemory:
             available=self._available,
             refuse=self._refuse,
         )
+        self.arena = Arena(lambda nbytes: self.allocate(nbytes, "arena", "arena"))
         self._lock = threading.Lock()
         self._taken_since_asked = _ASK_EVERY_BYTES
         self._stack: list[tuple[Budget, int | None]] = []
@@ -66,11 +69,11 @@ class DeviceMemory:
         return self._stack[-1][1]
 
     def _resolve(self, budget: Budget) -> int | None:
-        total, available, headroom = self._sizes()
+        total, available, headroom = self.sizes()
         # What the pool holds already is this process's to keep, so "auto" may count on it.
         return budget.resolve(total, available + self.pool.held_bytes, headroom)
 
-    def _sizes(self) -> tuple[int, int, int]:
+    def sizes(self) -> tuple[int, int, int]:
         info = self._backend.memory(self._index)
         host = read_host_memory()
         if info is None:
@@ -257,6 +260,7 @@ def _after_fork_in_child() -> None:
     for found in list(getattr(device_module, "_devices", {}).values()):
         if found.memory is not None:
             found.memory.pool.after_fork()
+            found.memory.arena.lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

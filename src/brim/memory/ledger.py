@@ -21,11 +21,13 @@ CATEGORIES = (
     "temps",
     "inputs",
     "workspace",
+    "arena",
     "rounding",
 )
 """Params: trainable parameters. Buffers: running statistics, constants. Grads: parameter gradients. Optimizer: its
 state. Activations: kept for the backward pass. Temps: other live results. Inputs: batches and data sets. Workspace:
-scratch that kernels declared. Rounding: bytes lost to alignment."""
+scratch that kernels declared. Arena: the memory in which planned steps run (a plan says what is in it). Rounding:
+bytes lost to alignment."""
 
 
 @dataclass(slots=True, eq=False)

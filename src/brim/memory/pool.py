@@ -14,9 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from brim.memory.ledger import BlockRecord, Ledger
+from brim.context import context
+from brim.errors import DeviceError
+from brim.memory.ledger import BlockRecord, Ledger, user_site
+from brim.spec import Spec
 
-__all__ = ["Block", "Pool", "Refusal", "round_up"]
+__all__ = ["Block", "MetaBlock", "Pool", "Refusal", "round_up"]
 
 
 def round_up(nbytes: int, alignment_bytes: int) -> int:
@@ -48,6 +51,39 @@ class Block:
     def recategorise(self, category: str, layer: str | None = None) -> None:
         """Book these bytes under another category (see ``memory.ledger.CATEGORIES``)."""
         self.pool.recategorise(self.record, category, layer)
+
+
+class MetaBlock:
+    """What a tensor without memory has in place of a block: an identity that views share, and a record in no ledger.
+
+    Arguments:
+        spec: shape and dtype of the tensor it is made for.
+        op: what made it.
+        category: see ``memory.ledger.CATEGORIES``.
+    """
+
+    __slots__ = ("__weakref__", "record", "version")
+
+    offset_bytes = 0
+
+    def __init__(self, spec: Spec, op: str = "", category: str = "temps") -> None:
+        self.record = BlockRecord(spec.nbytes, category, op, context.layer, user_site())
+        self.record.shape, self.record.dtype = spec.shape, spec.dtype
+        self.version = 0
+
+    @property
+    def buffer(self) -> Any:
+        """Raises DeviceError: there are no values."""
+        raise DeviceError(
+            f"this tensor (made with shape {self.record.shape}) is on the meta device: it has a shape and no values; "
+            "make it on 'cpu' or 'cuda' to compute with it"
+        )
+
+    def recategorise(self, category: str, layer: str | None = None) -> None:
+        """Note what the memory would be booked as."""
+        self.record.category = category
+        if layer is not None:
+            self.record.layer = layer
 
 
 @dataclass(slots=True, eq=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 from brim import ops
 from brim.autograd import no_grad
+from brim.context import baked, host_scalar
 from brim.errors import ShapeError
 from brim.nn import init
 from brim.nn.linear import new_parameter
@@ -83,8 +84,9 @@ class _BatchNorm(Module):
     def _track(self, mean: Any, var: Any, count: int) -> None:
         with no_grad():
             seen, shape = self.num_batches_tracked, (self.num_features,)
+            average = baked(lambda: self.momentum is None)
             seen.write(seen + 1)
-            share: Any = self.momentum if self.momentum is not None else 1.0 / seen.astype("float32")
+            share: Any = 1.0 / seen.astype("float32") if average else host_scalar(lambda: float(self.momentum or 0.0))
             for running, new in (
                 (self.running_mean, mean.detach().reshape(shape)),
                 (self.running_var, var.detach().reshape(shape) * (count / (count - 1))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from brim.context import baked
 from brim.nn import functional as F
 from brim.nn.module import Module
 
@@ -23,7 +24,7 @@ class Dropout(Module):
         self.p = p
 
     def forward(self, x: Any) -> Any:
-        return F.dropout(x, self.p, self.training)
+        return F.dropout(x, baked(lambda: self.p), self.training)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

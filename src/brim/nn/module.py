@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from brim.autograd import no_grad
-from brim.context import context, layer_scope
+from brim.context import context, layer_scope, modes
 from brim.device import Device
 from brim.errors import CheckpointError, DTypeError, ShapeError
 from brim.memory.guard import give_back_on_refusal
@@ -55,6 +55,8 @@ class Module:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward``."""
+        if context.interpreter is not None:
+            context.interpreter.note_module(self)
         if _call.paths is not None:
             path = _call.paths.get(id(self))
             if path is None:
@@ -100,6 +102,7 @@ class Module:
                     f"not {type(value).__name__} (delete the attribute first to change its meaning)"
                 )
             else:
+                modes.changes += name == "training"
                 object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -224,7 +227,9 @@ class Module:
     def train(self: Self, mode: bool = True) -> Self:
         """Training mode here and in all modules below (dropout drops, batch norm uses the batch)."""
         for module in self.modules():
-            object.__setattr__(module, "training", bool(mode))
+            if module.training is not bool(mode):
+                modes.changes += 1
+                object.__setattr__(module, "training", bool(mode))
         return self
 
     def eval(self: Self) -> Self:

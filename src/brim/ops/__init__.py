@@ -55,6 +55,7 @@ from brim.ops.dropout import dropout
 from brim.ops.einsum import einsum
 from brim.ops.embedding import embedding
 from brim.ops.exponential import erf, exp, exp2, expm1, log1p, log2, log10, logaddexp
+from brim.ops.filling import fill
 from brim.ops.indexing import gather, get_item, index_add, put, scatter_add, set_item, take
 from brim.ops.join import concat, one_hot, pad, repeat, roll, split, stack, tile, tril, triu, unstack
 from brim.ops.loss import bce_with_logits, cross_entropy, huber_loss, l1_loss, mse_loss, nll_loss
@@ -127,6 +128,7 @@ __all__ = [
     "exp2",
     "expand_dims",
     "expm1",
+    "fill",
     "flatten",
     "flip",
     "floor",

@@ -381,7 +381,7 @@ def set_item(x: Any, index: Any, value: Any) -> None:
                 "index the other tensor directly, or write to a copy: y = x.copy(); y[index] = value"
             )
     found = _Index(x.shape, index)
-    if not found.arrays and not records:
+    if not found.arrays and not records and context.interpreter is None:  # a traced step writes whole tensors
         view = _basic(x, found)
         view = view.detach() if view.shape == found.shape else reshape(view.detach(), found.shape)
         view.write(value)
@@ -400,7 +400,7 @@ def _values(x: Any, shape: Shape, value: Any) -> Any:
         host = np.asarray(value)
         value = host.astype(x.dtype)
     else:
-        if value._block is x._block and value._block is not None:
+        if value._block is x._block:
             value = value.copy()
         value = astype(value, x.dtype)
     drop = len(value.shape) - len(shape)

@@ -28,17 +28,30 @@ def _matmul_spec(a: Spec, b: Spec) -> Spec:
 _matmul: Op = primitive(
     "matmul",
     _matmul_spec,
-    vjp=lambda g, a, b, _out: (lambda: matmul(g, matrix_transpose(b)), lambda: _grad_right(g, a, b)),
+    vjp=lambda g, a, b, _out: (lambda: _grad_left(g, a, b), lambda: _grad_right(g, a, b)),
     arity=2,
     doc="product of matrices over leading batch axes; float16 and bfloat16 are added up in float32",
 )
+
+
+def _is_transposed(x: Any) -> bool:
+    """True for a transposed view of row-major matrices: its gradient is made in that layout and needs no copy."""
+    return x.spec.layout is not None and not x.spec.contiguous and matrix_transpose(x).spec.contiguous
+
+
+def _grad_left(g: Any, a: Any, b: Any) -> Any:
+    if _is_transposed(a):
+        return matrix_transpose(matmul(b, matrix_transpose(g)))
+    return matmul(g, matrix_transpose(b))
 
 
 def _grad_right(g: Any, a: Any, b: Any) -> Any:
     if b.ndim == 2 and a.ndim > 2 and math.prod(a.shape[:-2]) > 1 and a.shape[:-2] == g.shape[:-2]:
         # one matrix product sums over the batch, without a matrix for every member of it
         rows = math.prod(a.shape[:-1])
-        return matmul(matrix_transpose(reshape(a, (rows, a.shape[-1]))), reshape(g, (rows, g.shape[-1])))
+        a, g = reshape(a, (rows, a.shape[-1])), reshape(g, (rows, g.shape[-1]))
+    if _is_transposed(b):
+        return matrix_transpose(matmul(matrix_transpose(g), a))
     return matmul(matrix_transpose(a), g)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+from brim.context import host_scalars
 from brim.ops.update_rules import adam_update, amsgrad_update
 from brim.optim.optimizer import Optimizer, check_range
 from brim.tensor import Tensor
@@ -63,8 +64,15 @@ class Adam(Optimizer):
             check_range("betas", beta, 0.0, 1.0)
 
     def update(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        state["step"] = step = state.get("step", 0) + 1
-        beta1, beta2 = map(float, group["betas"])
+        source = group["source"]
+
+        def corrections() -> tuple[float, float]:
+            state["step"] = step = state.get("step", 0) + 1
+            beta1, beta2 = map(float, source["betas"])
+            return 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
+
+        correction1, root_of_correction2 = host_scalars(corrections, (float, float))
+        beta1, beta2 = group["betas"]
         moments = [self.buffer(state, "exp_avg", param), self.buffer(state, "exp_avg_sq", param)]
         if group["amsgrad"]:
             moments.append(self.buffer(state, "max_exp_avg_sq", param))
@@ -74,13 +82,13 @@ class Adam(Optimizer):
             param,
             grad,
             *moments,
-            float(group["lr"]),
+            group["lr"],
             beta1,
             beta2,
-            float(group["eps"]),
-            float(group["weight_decay"]),
-            1.0 - beta1**step,
-            math.sqrt(1.0 - beta2**step),
+            group["eps"],
+            group["weight_decay"],
+            correction1,
+            root_of_correction2,
             decoupled=self.decoupled,
             maximize=bool(group["maximize"]),
         )

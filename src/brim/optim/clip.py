@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from brim import ops
 from brim.autograd import no_grad
+from brim.creation import zeros
 from brim.tensor import Tensor
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_"]
@@ -18,30 +20,41 @@ def clip_grad_norm_(
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
-) -> float:
+) -> Tensor:
     """Scale all gradients by min(1, max_norm / (norm + 1e-6)), where the norm is of all of them as one vector.
 
+    A norm that is NaN makes all gradients NaN. Gradients of half width are squared and added in float32.
+
+    Arguments:
+        parameters: a tensor or tensors; those without a gradient do not count.
+        max_norm: at least 0. In a planned step it is the same in every run, unless it is ``context.host_scalar(...)``.
+        norm_type: p of the norm, above 0; infinity for the largest absolute value.
+        error_if_nonfinite: read the norm and raise when it is not finite (not inside a planned step).
+
     Returns:
-        The norm before clipping.
+        The norm before clipping, a tensor without axes; ``float(norm)`` reads it.
 
     Raises:
         ValueError: max_norm or norm_type out of range.
         FloatingPointError: the norm is not finite and ``error_if_nonfinite`` is set; nothing was changed.
     """
-    if not max_norm >= 0 or not norm_type > 0:
+    p = float(norm_type)
+    if not p > 0 or (isinstance(max_norm, Real) and not max_norm >= 0):
         raise ValueError(f"expected max_norm >= 0 and norm_type > 0, got {max_norm!r} and {norm_type!r}")
     members = _with_gradients(parameters)
     with no_grad():
-        parts = [_power_sum(p.grad, norm_type) for p in members]
-        norm = max(parts, default=0.0) if math.isinf(norm_type) else math.fsum(parts) ** (1.0 / norm_type)
-        if any(math.isnan(part) for part in parts):
-            norm = math.nan
+        parts = [_part(member.grad, p) for member in members if member.grad.size]
+        if not parts:
+            return zeros((), device=members[0].grad.device if members else None)
+        together = ops.stack([part.to(parts[0].device) for part in parts])
+        norm: Tensor = ops.max(together) if math.isinf(p) else _root(ops.sum(together), p)
         if error_if_nonfinite and not math.isfinite(norm):
-            raise FloatingPointError(f"the norm of the gradients is {norm}; lower the learning rate or look for NaN")
-        factor = max_norm / (norm + 1e-6)
-        if not factor >= 1.0:  # also when it is NaN, which must not be hidden
-            for p in members:
-                p.grad = (p.grad * factor).book_as("grads")
+            raise FloatingPointError(
+                f"the norm of the gradients is {float(norm)}; lower the learning rate or look for NaN"
+            )
+        factor = ops.minimum(max_norm / (norm + 1e-6), 1.0)
+        for member in members:
+            member.grad = _scaled(member.grad, factor).book_as("grads")
     return norm
 
 
@@ -60,9 +73,22 @@ def _with_gradients(parameters: Iterable[Tensor] | Tensor) -> list[Any]:
     return [p for p in given if p.grad is not None]
 
 
-def _power_sum(grad: Any, norm_type: float) -> float:
-    if math.isinf(norm_type):
-        return float(ops.max(ops.abs(grad)).item()) if grad.size else 0.0
-    if norm_type == 2.0:
-        return float((grad * grad).sum().item())
-    return float((ops.abs(grad) ** float(norm_type)).sum().item())
+def _wide(grad: Any) -> Any:
+    """Float32 for half widths: their squares overflow, and a small factor would become 0."""
+    return grad.astype("float32") if grad.dtype.itemsize < 4 else grad
+
+
+def _part(grad: Any, p: float) -> Any:
+    grad = _wide(grad)
+    if math.isinf(p):
+        return ops.max(ops.abs(grad))
+    return (grad * grad).sum() if p == 2.0 else (ops.abs(grad) ** p).sum()
+
+
+def _root(total: Any, p: float) -> Any:
+    return ops.sqrt(total) if p == 2.0 else total ** (1.0 / p)
+
+
+def _scaled(grad: Any, factor: Any) -> Any:
+    wide = _wide(grad)
+    return (wide * factor.to(device=grad.device, dtype=wide.dtype)).astype(grad.dtype)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from brim.autograd import no_grad
+from brim.context import baked, context, host_scalars, layer_scope, phase_scope
 from brim.errors import CheckpointError
 from brim.tensor import Tensor, empty
 
-__all__ = ["Optimizer", "check_range"]
+__all__ = ["Optimizer", "check_range", "layer_of"]
 
 
 class Optimizer:
-    """Base of all optimizers.
+    """Base of all optimizers. A subclass defines ``update``.
+
+    A step may be part of a planned step, which is recorded once and run many times. So what is read from the host in
+    it goes through ``settings`` and ``brim.context``: numbers are read anew for each run.
 
     Arguments:
         params: tensors (as from ``model.parameters()``), or dicts with "params" and settings of their own.
@@ -33,6 +38,8 @@ class Optimizer:
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[int, dict[str, Any]] = {}
+        self._unused: set[int] = set()  # ids of buffers that no step has used yet
+        self._changes = 0  # how often parameters were added or buffers exchanged
         given = list(params)
         if not given:
             raise ValueError("params is empty: there is nothing to optimize; was the model's parameters() used up?")
@@ -56,6 +63,7 @@ class Optimizer:
         made = {**self.defaults, **group, "params": params}
         self.check(made)
         self.param_groups.append(made)
+        self._changes += 1
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ValueError for settings out of range."""
@@ -64,18 +72,45 @@ class Optimizer:
 
     def step(self) -> None:
         """Update every parameter that has a gradient, in place."""
-        with no_grad():
+        with no_grad(), phase_scope("update"):
+            baked(lambda: self._changes)
             for group, members in self._members():
-                self.update_group(group, [(i, p, p.grad) for i, p in members if p.grad is not None])
+                found = [(i, p, grad) for i, p in members if (grad := p.grad) is not None]
+                if found:
+                    self.update_group(self.settings(group), found)
 
     def update_group(self, group: dict[str, Any], members: list[tuple[int, Tensor, Tensor]]) -> None:
-        """Update one group's parameters: their positions, themselves and their gradients."""
+        """Update one group's parameters: its settings, their positions, themselves and their gradients."""
         for index, param, grad in members:
-            self.update(group, self.state.setdefault(index, {}), param, grad)
+            with layer_scope(layer_of(param)):
+                self.update(group, self.state.setdefault(index, {}), param, grad)
 
     def update(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        """Update one parameter."""
+        """Update one parameter; ``group`` is what ``settings`` gave."""
         raise TypeError(f"{type(self).__name__} must define update()")
+
+    def settings(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group as one step uses it: numbers are floats that are read anew in each run of a planned step.
+
+        The entry "source" is the group itself, for functions that read it in each run.
+        """
+        fixed = baked(lambda: self.flags(group))
+        names = [name for name, value in group.items() if name != "params" and _count(value) is not None]
+        counts = [_count(group[name]) for name in names]
+
+        def read() -> tuple[float, ...]:
+            return tuple(float(number) for name in names for number in _flat(group[name]))
+
+        flat = iter(host_scalars(read, (float,) * sum(count or 1 for count in counts)))
+        numbers = {
+            name: tuple(next(flat) for _ in range(count)) if count else next(flat)
+            for name, count in zip(names, counts, strict=True)
+        }
+        return {**fixed, **numbers, "source": group}
+
+    def flags(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What decides which operations a step consists of: settings that are no numbers; a subclass adds its own."""
+        return {name: value for name, value in group.items() if name != "params" and _count(value) is None}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, which frees their memory, or with ``set_to_none=False`` overwrite them with zeros."""
@@ -96,9 +131,25 @@ class Optimizer:
     def buffer(self, state: dict[str, Any], name: str, param: Tensor) -> Tensor:
         """The state tensor of this name, made of zeros in the parameter's shape when it is missing."""
         if name not in state:
-            state[name] = _like(param).write(0.0)
+            if context.interpreter is None:
+                made = _like(param).write(0.0)
+            else:  # it outlives the step that is being recorded, and making it is no part of that step
+
+                def forget() -> None:
+                    self._unused.discard(id(state.pop(name, None)))
+
+                made = context.interpreter.new_state(param, 0.0, "optimizer", forget)
+            state[name] = made
+            self._unused.add(id(made))
         found: Tensor = state[name]
         return found
+
+    def first_use(self, buffer: Tensor) -> bool:
+        """True the first time that this is asked about a buffer that ``buffer`` made; False for one that was loaded."""
+        if id(buffer) not in self._unused:
+            return False
+        self._unused.discard(id(buffer))
+        return True
 
     # ---------------------------------------------------------------- saving
 
@@ -108,7 +159,7 @@ class Optimizer:
         return {"state": {i: dict(values) for i, values in self.state.items()}, "param_groups": groups}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken; tensors (or arrays) are copied.
+        """Continue where ``state_dict`` was taken; tensors (or arrays) are copied, where possible into those in use.
 
         Raises:
             CheckpointError: it belongs to other parameters; nothing was changed.
@@ -124,24 +175,35 @@ class Optimizer:
                     raise CheckpointError(
                         f"{name} of parameter {index}: expected {params[int(index)].shape}, got {tuple(value.shape)}"
                     )
-        self.state = {
+        before = {(i, name): id(v) for i, name, v in self._tensors()}
+        loaded: dict[int, dict[str, Any]] = {
             int(index): {
                 name: _like(params[int(index)]).write(value) if hasattr(value, "shape") else value
                 for name, value in values.items()
             }
             for index, values in state.items()
         }
+        # Dicts stay the same objects, tensors too where they fit: a planned step goes on with them.
+        for index, values in loaded.items():
+            present = self.state.get(index, {})
+            values.update({name: _kept(present.get(name), value) for name, value in values.items()})
+            loaded[index] = _replace(present, values)
+        self.state = loaded
+        self._unused.clear()
+        if {(i, name): id(v) for i, name, v in self._tensors()} != before:
+            self._changes += 1
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({k: _tuple(v) for k, v in saved.items() if k != "params"})
 
+    def _tensors(self) -> Iterator[tuple[int, str, Tensor]]:
+        for index, values in self.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    yield index, name, value
+
     def state_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """The tensors of the state as arrays by flat names such as ``"3.momentum_buffer"``, for a safetensors file."""
-        return {
-            f"{index}.{name}": value.detach().numpy()
-            for index, values in self.state.items()
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
+        return {f"{index}.{name}": value.detach().numpy() for index, name, value in self._tensors()}
 
     def state_settings(self) -> dict[str, Any]:
         """All of the state that is no tensor: plain values, for JSON."""
@@ -164,11 +226,40 @@ class Optimizer:
         return f"{type(self).__name__}({sum(len(g['params']) for g in self.param_groups)} parameters, {settings})"
 
 
+def layer_of(param: Tensor) -> str:
+    """The layer under which a parameter is booked."""
+    return param._block.record.layer
+
+
 def _like(param: Tensor) -> Tensor:
     """Memory for state, booked as the optimizer's under the parameter's layer."""
-    block = param._block
-    layer = block.record.layer if block is not None else None
-    return empty(param.shape, dtype=param.dtype, device=param.device, op="optimizer").book_as("optimizer", layer)
+    made = empty(param.shape, dtype=param.dtype, device=param.device, op="optimizer")
+    return made.book_as("optimizer", layer_of(param))
+
+
+def _count(value: Any) -> int | None:
+    """0 for a number, the length of a sequence of numbers, None for anything else."""
+    if isinstance(value, list | tuple):
+        return len(value) if value and all(_count(v) == 0 for v in value) else None
+    return 0 if isinstance(value, Real) and not isinstance(value, bool) else None
+
+
+def _flat(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _kept(present: Any, value: Any) -> Any:
+    """The tensor in use with the values of the new one, or the new value where it cannot stay."""
+    both = isinstance(present, Tensor) and isinstance(value, Tensor)
+    if not both or present.device is not value.device or (present.dtype, present.shape) != (value.dtype, value.shape):
+        return value
+    return present.write(value)
+
+
+def _replace(into: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    into.clear()
+    into.update(values)
+    return into
 
 
 def _tuple(value: Any) -> Any:

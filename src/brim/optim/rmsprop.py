@@ -58,14 +58,17 @@ class RMSprop(Optimizer):
         check_range("eps", settings["eps"], 0.0)
         check_range("momentum", settings["momentum"], 0.0)
 
+    def flags(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().flags(group), "has_momentum": group["momentum"] != 0}
+
     def update(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         buffers = [self.buffer(state, "square_avg", param)]
-        numbers = [float(group[name]) for name in ("lr", "alpha", "eps", "weight_decay", "momentum")]
+        numbers = [group[name] for name in ("lr", "alpha", "eps", "weight_decay", "momentum")]
         op = rmsprop_update
         if group["centered"]:
             buffers.append(self.buffer(state, "grad_avg", param))
             op = rmsprop_centered_update
-        if group["centered"] or group["momentum"]:
+        if group["centered"] or group["has_momentum"]:
             buffers.append(self.buffer(state, "momentum_buffer", param))
         else:
             op, numbers = rmsprop_plain_update, numbers[:-1]

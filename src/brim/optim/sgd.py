@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import reduce
+from operator import add
 from typing import Any
 
+from brim.context import after_step, host_scalar, layer_scope
 from brim.ops.update_rules import sgd_momentum_update, sgd_update
-from brim.optim.optimizer import Optimizer, check_range
+from brim.optim.optimizer import Optimizer, check_range, layer_of
 from brim.tensor import Tensor
 
 __all__ = ["SGD"]
@@ -66,33 +69,41 @@ class SGD(Optimizer):
         if settings["hypergradient"] is not None:
             check_range("hypergradient", settings["hypergradient"], 0.0)
 
+    def flags(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("momentum", "dampening", "weight_decay")
+        return {**super().flags(group), **{f"has_{name}": group[name] != 0 for name in names}}
+
     def update_group(self, group: dict[str, Any], members: list[tuple[int, Tensor, Tensor]]) -> None:
         if group["hypergradient"] is not None:
-            self._learn_rate(group, members)
+            group["lr"] = self._learned_rate(group, members)
         super().update_group(group, members)
 
-    def _learn_rate(self, group: dict[str, Any], members: list[tuple[int, Tensor, Tensor]]) -> None:
-        total: Any = None
+    def _learned_rate(self, group: dict[str, Any], members: list[tuple[int, Tensor, Tensor]]) -> Any:
+        """lr + beta sum(d u), a float64 tensor without axes; the directions u are zeros before the first step."""
+        products = []
         # With plain momentum the direction of the last step is the velocity, which is kept anyway.
-        name = "momentum_buffer" if group["momentum"] and not group["nesterov"] else "direction"
+        name = "momentum_buffer" if group["has_momentum"] and not group["nesterov"] else "direction"
         for index, param, grad in members:
-            state = self.state.setdefault(index, {})
-            d = _descent(group, param, grad)
-            if name in state:
-                product = (d * state[name]).sum()
-                total = product if total is None else total + product
-            if name == "direction" and not group["momentum"]:
-                self.buffer(state, name, param).write(d)
-        if total is not None:
-            group["lr"] = float(group["lr"]) + group["hypergradient"] * total.item()
+            with layer_scope(layer_of(param)):
+                direction = self.buffer(self.state.setdefault(index, {}), name, param)
+                d = _descent(group, param, grad)
+                wide = "float32" if d.dtype.itemsize < 4 else d.dtype
+                # In float64 from here: next to lr, one step's change is often less than float32 resolves.
+                products.append((d.astype(wide) * direction.astype(wide)).sum().astype("float64"))
+                if not group["has_momentum"]:
+                    direction.write(d)
+        rate = group["lr"] + group["hypergradient"] * reduce(add, products)
+        source = group["source"]
+        after_step(rate, lambda value: source.__setitem__("lr", value))
+        return rate
 
     def update(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-        momentum, nesterov, maximize = float(group["momentum"]), bool(group["nesterov"]), bool(group["maximize"])
-        if not momentum:
+        momentum, weight_decay = group["momentum"], group["weight_decay"]
+        nesterov, maximize = bool(group["nesterov"]), bool(group["maximize"])
+        lr = group["lr"].astype(param.dtype) if isinstance(group["lr"], Tensor) else group["lr"]
+        if not group["has_momentum"]:
             sgd_update.into(param, param, grad, lr, weight_decay, maximize=maximize)
             return
-        dampening = float(group["dampening"]) if "momentum_buffer" in state else 0.0
         velocity = self.buffer(state, "momentum_buffer", param)
         d = _descent(group, param, grad) if nesterov and group["hypergradient"] is not None else None
         sgd_momentum_update.into(
@@ -102,7 +113,7 @@ class SGD(Optimizer):
             velocity,
             lr,
             momentum,
-            dampening,
+            self._dampening(group, velocity),
             weight_decay,
             nesterov=nesterov,
             maximize=maximize,
@@ -110,7 +121,14 @@ class SGD(Optimizer):
         if d is not None:
             self.buffer(state, "direction", param).write(d + momentum * velocity)
 
+    def _dampening(self, group: dict[str, Any], velocity: Tensor) -> Any:
+        """The first velocity is d undamped."""
+        if not group["has_dampening"]:
+            self.first_use(velocity)
+            return 0.0
+        return group["dampening"] * host_scalar(lambda: 0.0 if self.first_use(velocity) else 1.0)
+
 
 def _descent(group: dict[str, Any], param: Tensor, grad: Tensor) -> Tensor:
     d = -grad if group["maximize"] else grad
-    return d + float(group["weight_decay"]) * param if group["weight_decay"] else d
+    return d + group["weight_decay"] * param if group["has_weight_decay"] else d

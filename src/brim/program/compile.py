@@ -1,0 +1,296 @@
+"""``brim.compile`` and ``brim.plan``: a step is traced once for each kind of arguments, planned, admitted, replayed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from brim.context import context, modes
+from brim.device import META, Device, default_device
+from brim.device import device as find_device
+from brim.errors import TraceError
+from brim.memory.budget import BudgetLike
+from brim.memory.guard import give_back_on_refusal
+from brim.memory.pool import Block
+from brim.program.admit import admit
+from brim.program.ir import Program, Value
+from brim.program.lower import Pass, Prepared, prepare
+from brim.program.passes import default_passes
+from brim.program.plan import Plan, PlannedProgram, residents_of
+from brim.program.run import Runner
+from brim.program.trace import MetaState, is_argument, trace
+from brim.program.traced import TracedStep, is_hole
+from brim.program.tree import rebuild, take_apart
+from brim.spec import Spec, as_dtype, as_shape, default_float
+from brim.tensor import Tensor
+
+__all__ = ["CompiledStep", "compile", "plan", "spec"]
+
+_KEPT_PROGRAMS = 16
+
+
+def spec(shape: Any, dtype: Any = default_float) -> Spec:
+    """The shape and dtype of an argument that need not exist, for ``brim.plan``.
+
+    Arguments:
+        shape: an int or a sequence of ints.
+        dtype: dtype or its name; float32 by default.
+    """
+    return Spec(as_shape(shape), as_dtype(dtype))
+
+
+def _argument_spec(argument: Any) -> tuple[Spec, bool]:
+    if isinstance(argument, Spec):
+        return Spec(argument.shape, argument.dtype), False
+    return Spec(tuple(argument.shape), as_dtype(argument.dtype)), bool(getattr(argument, "requires_grad", False))
+
+
+def trace_step(
+    fn: Callable[..., Any], arguments: Any, specs: Sequence[tuple[Spec, bool]], target: Device
+) -> tuple[TracedStep, bool]:
+    """Trace on the target device, or on the meta device when the model's tensors are there; tells which."""
+    try:
+        return trace(fn, arguments, specs, target, target), False
+    except MetaState:
+        return trace(fn, arguments, specs, find_device(META), target), True
+
+
+def planned(name: str, traced: TracedStep, prepared: Prepared, on_meta: bool) -> PlannedProgram:
+    """The entry of a plan for one traced step."""
+    program = traced.program
+    refs: list[tuple[Any, Value, bool]] = [
+        (id(block), value, not on_meta) for value, (_, block) in zip(program.states, traced.state_blocks, strict=False)
+    ]
+    refs += [(key, value, False) for key, (value, *_) in zip(traced.created_keys, traced.created, strict=True)]
+    refs += [(id(host), value, False) for value, host in program.constants.items()]
+    return PlannedProgram(name, prepared, residents_of(refs, prepared.alignment_bytes), traced.n_results)
+
+
+class _Compiled:
+    """One traced and planned version of a step, and its runner once it was admitted."""
+
+    def __init__(self, traced: TracedStep, plan: Plan, runner: Runner, device: Device) -> None:
+        self.traced, self.plan, self.runner, self.device = traced, plan, runner, device
+        self.modes_seen = modes.changes
+
+    def why_not(self) -> str:
+        """Why this version does not describe the step any more, or an empty string."""
+        traced = self.traced
+        if self.modes_seen != modes.changes:
+            for module, training in traced.modules:
+                if module.training is not training:
+                    return f"{type(module).__name__} changed to {'training' if module.training else 'evaluation'} mode"
+            self.modes_seen = modes.changes
+        for tensor, block in traced.state_blocks:
+            if tensor._block is not block:
+                return f"a tensor of shape {tensor.shape} that the step uses was moved to other memory"
+        for tensor, entry in traced.grad_guards:
+            if tensor._grad is not entry:
+                had = "had no gradient" if entry is None else "had a gradient to add to"
+                return f"a parameter of shape {tensor.shape} {had} when the step was traced, and now it is different"
+        for read, value in traced.baked:
+            if read() != value:
+                return f"a setting that the step depends on changed from {value!r} to {read()!r}"
+        return ""
+
+    def run(self, leaves: Sequence[Any], copy: bool) -> Any:
+        traced = self.traced
+        tensors = self.runner.run(leaves, copy)
+        for tensor, after in traced.leaves:
+            tensor._grad = after
+        return rebuild(traced.results, is_hole, tensors)
+
+
+class CompiledStep:
+    """A step that is traced and planned at its first call with certain shapes, and replayed from then on.
+
+    Calling it does what the plain function does, without allocating anything but its results. Arguments that are
+    tensors or NumPy arrays are inputs; anything else among them is part of the program. See ``brim.compile``.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        budget: BudgetLike | None = None,
+        passes: Sequence[Pass] | None = None,
+        device: Any = None,
+        copy: bool = True,
+        name: str | None = None,
+    ) -> None:
+        self.fn, self.budget, self.device = fn, budget, device
+        self.passes, self.copy = passes, copy
+        self.name = name or getattr(fn, "__name__", type(fn).__name__)
+        self._versions: OrderedDict[Any, list[_Compiled]] = OrderedDict()
+        self._history: list[str] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step.
+
+        Raises:
+            BudgetExceeded: it does not fit the budget; nothing was run or allocated.
+            TraceError: it cannot be planned; the message names the line and the way out.
+        """
+        if context.interpreter is not None:
+            return self.fn(*args, **kwargs)
+        leaves, structure = take_apart((args, kwargs), is_argument)
+        key = (structure, *[(a.shape, a.dtype, getattr(a, "requires_grad", False)) for a in leaves])
+        versions = self._versions.get(key)
+        reason = ""
+        if versions is not None:
+            for compiled in versions:
+                reason = compiled.why_not()
+                if not reason:
+                    return compiled.run(leaves, self.copy)
+        with give_back_on_refusal():
+            compiled = self._compile((args, kwargs), leaves)
+        self._remember(key, compiled, leaves, reason)
+        return compiled.run(leaves, self.copy)
+
+    def _target(self, leaves: Sequence[Any]) -> Device:
+        if self.device is not None:
+            return find_device(self.device)
+        return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), default_device())
+
+    def _passes(self, device: Device) -> Sequence[Pass]:
+        return default_passes(device.backend) if self.passes is None else self.passes
+
+    def _compile(self, arguments: Any, leaves: Sequence[Any]) -> _Compiled:
+        device = self._target(leaves)
+        specs = [_argument_spec(leaf) for leaf in leaves]
+        traced, on_meta = trace_step(self.fn, arguments, specs, device)
+        if on_meta:
+            traced.forget_created()
+            raise TraceError(
+                f"{self.name} uses tensors on the meta device, which have shapes and no values: it can be planned with "
+                f"brim.plan, not run; build the model outside brim.meta() or on device={str(device)!r}"
+            )
+        try:
+            prepared = prepare(traced.program, device.backend, self._passes(device))
+            entry = planned(self.name, traced, prepared, on_meta)
+            made = Plan([entry], device.name, self.name, self.budget, self._replan(arguments, leaves, device),
+                        [leaf.shape for leaf in leaves])  # fmt: skip
+            admit(made, device, self.budget)
+            homes = _commit(traced, device)
+        except BaseException:
+            traced.forget_created()
+            raise
+        return _Compiled(traced, made, Runner(prepared, device, homes, traced.receivers), device)
+
+    def _replan(self, arguments: Any, leaves: Sequence[Any], device: Device) -> Callable[[list[tuple[int, ...]]], Plan]:
+        specs = [_argument_spec(leaf)[0] for leaf in leaves]
+        shell = rebuild(arguments, is_argument, specs)
+
+        def replan(shapes: list[tuple[int, ...]]) -> Plan:
+            others = [Spec(shape, one.dtype) for shape, one in zip(shapes, specs, strict=True)]
+            args, kwargs = rebuild(shell, is_argument, others)
+            return self.plan(*args, **kwargs)
+
+        return replan
+
+    def _remember(self, key: Any, compiled: _Compiled, leaves: Sequence[Any], reason: str) -> None:
+        shapes = ", ".join(f"{leaf.dtype}[{'x'.join(map(str, leaf.shape))}]" for leaf in leaves)
+        why = reason or ("first call" if not self._versions else "arguments of new shapes, dtypes or values")
+        self._history.append(f"traced for ({shapes}): {why}")
+        versions = self._versions.setdefault(key, [])
+        versions.insert(0, compiled)
+        self._versions.move_to_end(key)
+        del versions[4:]
+        while sum(map(len, self._versions.values())) > _KEPT_PROGRAMS:
+            _, dropped = self._versions.popitem(last=False)
+            self._history.append(f"forgot {len(dropped)} programs: more than {_KEPT_PROGRAMS} are not kept")
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """The plan for arguments like these (tensors, arrays, or ``brim.spec``); nothing is run or allocated."""
+        leaves, _ = take_apart((args, kwargs), is_argument)
+        device = self._target(leaves)
+        traced, on_meta = trace_step(self.fn, (args, kwargs), [_argument_spec(leaf) for leaf in leaves], device)
+        try:
+            prepared = prepare(traced.program, device.backend, self._passes(device))
+            entry = planned(self.name, traced, prepared, on_meta)
+        finally:
+            traced.forget_created()
+        return Plan(
+            [entry], device.name, self.name, self.budget, self._replan((args, kwargs), leaves, device),
+            [tuple(leaf.shape) for leaf in leaves],
+        )  # fmt: skip
+
+    def program(self) -> Program:
+        """The program of the latest version, after all passes; ``print`` shows one line an instruction."""
+        return self._latest().runner.prepared.program
+
+    def current_plan(self) -> Plan:
+        """The plan of the latest version."""
+        return self._latest().plan
+
+    def _latest(self) -> _Compiled:
+        if not self._versions:
+            raise TraceError(f"{self.name} has not been called yet, so there is no program; call it, or use plan()")
+        return next(reversed(self._versions.values()))[0]
+
+    def explain(self) -> str:
+        """Why there are the programs that there are: one line for each trace."""
+        return "\n".join(self._history) or "not called yet"
+
+
+def _commit(traced: TracedStep, device: Device) -> dict[Value, Block]:
+    """Make the states that do not exist yet, upload the constants; memory of all values that live outside the arena."""
+    homes: dict[Value, Block] = {}
+    for value, (_, block) in zip(traced.program.states, traced.state_blocks, strict=False):
+        homes[value] = block
+    for value, tensor, number, _ in traced.created:
+        block = device.memory.allocate(value.nbytes, value.category, value.op, value.spec)
+        block.recategorise(value.category, value.layer)
+        tensor._block, tensor._array, tensor.device = block, None, device
+        tensor.fill_(number)
+        homes[value] = block
+    for value, host in traced.program.constants.items():
+        block = device.memory.allocate(value.nbytes, value.category, "constant", value.spec)
+        device.backend.upload(device.backend.view(block.buffer, block.offset_bytes, value.spec), np.asarray(host))
+        homes[value] = block
+    return homes
+
+
+def compile(
+    fn: Callable[..., Any],
+    *,
+    budget: BudgetLike | None = None,
+    passes: Sequence[Pass] | None = None,
+    device: Any = None,
+    copy: bool = True,
+) -> CompiledStep:
+    """A planned version of a step: traced once for each kind of arguments, then replayed.
+
+    The step is ordinary eager code: forward, backward, optimizer update. Its tensors and NumPy arrays among the
+    arguments are inputs; every tensor that existed before and is used in it is state and is updated in place. Other
+    Python side effects (printing, counting, appending to lists) happen only when it is traced.
+
+    Arguments:
+        fn: the step, or a model in evaluation mode.
+        budget: the most memory that the device may hold while it runs; the device's budget when None.
+        passes: functions from Program to Program to run instead of the usual ones (``brim.program.passes``).
+        device: where it runs; by default where its tensor arguments are.
+        copy: hand out copies of the results; False hands out tensors that last until the next run.
+    """
+    return CompiledStep(fn, budget=budget, passes=passes, device=device, copy=copy)
+
+
+def plan(
+    fn: Callable[..., Any], *args: Any, device: Any = None, budget: BudgetLike | None = None, **kwargs: Any
+) -> Plan:
+    """What a step will need, before anything is allocated or run.
+
+    Arguments:
+        fn: the step, a compiled step, or a model.
+        args, kwargs: its arguments; ``brim.spec(shape, dtype)`` stands for a tensor that need not exist.
+        device: device to plan for; the default device when None.
+        budget: recorded in the plan for its reports.
+
+    Raises:
+        TraceError: the step cannot be planned; the message names the line and the way out.
+    """
+    step = fn if isinstance(fn, CompiledStep) else CompiledStep(fn, budget=budget, device=device)
+    return step.plan(*args, **kwargs)

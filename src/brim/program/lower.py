@@ -1,0 +1,116 @@
+"""From a program to kernels and bytes: which kernel runs each instruction, and where everything lies in the arena.
+
+No memory is touched and no kernel runs: a ``Prepared`` program is numbers and records, made on shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from brim.backend import Backend, BoundKernel
+from brim.op import REGISTRY
+from brim.program.ir import STORE, HostScalar, Instruction, Program, Ref, Value
+from brim.program.passes.in_place import in_place
+from brim.program.place import MemoryMap, plan_memory
+from brim.program.verify import verify
+from brim.spec import Spec
+
+__all__ = ["Pass", "Prepared", "bind", "prepare"]
+
+Pass = Callable[[Program], Program]
+
+COPY = REGISTRY["copy"]
+
+
+@dataclass(eq=False, slots=True)
+class Prepared:
+    """A program whose every instruction has a kernel and every value its bytes.
+
+    Attributes:
+        program: after all passes.
+        kernels: one for each instruction.
+        memory: offsets and lifetimes in the arena.
+        alignment_bytes: of the device.
+    """
+
+    program: Program
+    kernels: list[BoundKernel]
+    memory: MemoryMap
+    alignment_bytes: int
+
+
+def bind(instruction: Instruction, backend: Backend) -> BoundKernel:
+    """The backend's kernel for an instruction. Raises KeyError when it has none."""
+    if instruction.op is STORE:
+        state, new = instruction.ins
+        return backend.bind(COPY, [new.spec], [state.spec], {})
+    ins = [_operand(i) for i in instruction.ins]
+    return backend.bind(instruction.op, ins, [out.spec for out in instruction.outs], instruction.params)
+
+
+def _operand(operand: Any) -> Any:
+    if isinstance(operand, Ref):
+        return operand.spec
+    return operand.kind(1) if isinstance(operand, HostScalar) else operand
+
+
+def _legalize(program: Program, backend: Backend) -> Program:
+    """Copies where a kernel wants row-major inputs and gets others."""
+    out: list[Instruction] = []
+    changed = False
+    for instruction in program.instructions:
+        if any(not ref.spec.contiguous for ref in instruction.refs) and instruction.op is not STORE:
+            flags = bind(instruction, backend).contiguous
+            ins = list(instruction.ins)
+            for position, (needed, operand) in enumerate(zip(flags, instruction.ins, strict=False)):
+                if needed and isinstance(operand, Ref) and not operand.spec.contiguous:
+                    made = Value(Spec(operand.spec.shape, operand.spec.dtype), op="copy", layer=instruction.layer)
+                    made.site = instruction.site
+                    out.append(replace(instruction, op=COPY, ins=(operand,), outs=(made,), params={}))
+                    ins[position] = Ref.of(made)
+                    changed = True
+            instruction = replace(instruction, ins=tuple(ins)) if changed else instruction
+        out.append(instruction)
+    return program.with_instructions(out) if changed else program
+
+
+def prepare(program: Program, backend: Backend, passes: Sequence[Pass], *, check: bool = True) -> Prepared:
+    """Run the passes, choose kernels, place everything.
+
+    Arguments:
+        program: as traced.
+        backend: whose kernels are chosen; only asked what they need, nothing runs.
+        passes: functions from program to program, in order.
+        check: verify the program after every pass.
+
+    Raises:
+        ProgramError: a pass made a program that is not well formed.
+    """
+    if check:
+        verify(program)
+    for one in passes:
+        program = one(program)
+        if check:
+            verify(program)
+    program = _legalize(program, backend)
+    aliasing: dict[int, bool] = {}
+
+    def may_alias(instruction: Instruction) -> bool:
+        found = aliasing.get(id(instruction))
+        if found is None:
+            found = aliasing[id(instruction)] = bind(instruction, backend).aliasing
+        return found
+
+    program = in_place(program, may_alias)
+    if check:
+        verify(program)
+    kernels = [bind(instruction, backend) for instruction in program.instructions]
+    memory = plan_memory(
+        program,
+        [kernel.scratch_bytes + kernel.library_bytes for kernel in kernels],
+        [kernel.aliasing for kernel in kernels],
+        backend.alignment_bytes,
+    )
+    return Prepared(program, kernels, memory, backend.alignment_bytes)

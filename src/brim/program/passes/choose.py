@@ -1,0 +1,171 @@
+"""Choosing what to recompute: the blocks that bring a step under a limit at the least extra arithmetic.
+
+The search is bounded in time. It considers families of blocks (all blocks of one depth; chains of equal layers cut into
+segments), of each family the blocks that save most bytes for their arithmetic first, and as few as suffice. A quick
+estimate from lifetimes orders the candidates; what is returned was planned for real.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from brim.program.ir import Program
+from brim.program.passes.liveness import live_bytes
+from brim.program.passes.recompute import blocks, extra_arithmetic, recompute
+
+__all__ = ["Choice", "choose"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A result of ``choose``.
+
+    Attributes:
+        layers: what to recompute: see ``recompute``; empty when nothing need be, or nothing helps.
+        program: with the repetitions.
+        peak_bytes: its planned peak.
+        extra_arithmetic: as a fraction of the step's arithmetic without them.
+        fits: whether the peak is within the limit.
+        complete: False when the time ran out before the search did.
+    """
+
+    layers: tuple[str, ...]
+    program: Program
+    peak_bytes: int
+    extra_arithmetic: float
+    fits: bool
+    complete: bool
+
+
+def choose(program: Program, peak: Callable[[Program], int], limit_bytes: int, time_s: float = 10.0) -> Choice:
+    """Blocks to recompute so that the planned peak is within a limit, at little extra arithmetic.
+
+    When nothing suffices, the lowest peak that was found, which is never above that of recomputing every block of any
+    one depth (given the time to plan them all).
+
+    Arguments:
+        program: as traced; dead code should be gone.
+        peak: the planned peak of a program in bytes, after all passes and placement.
+        limit_bytes: what it has to be within; equality fits.
+        time_s: no further candidate is planned after this many seconds.
+    """
+    return _Search(program, peak, limit_bytes, time_s).run()
+
+
+class _Search:
+    def __init__(self, program: Program, peak: Callable[[Program], int], limit_bytes: int, time_s: float) -> None:
+        self.program, self.peak, self.limit_bytes = program, peak, limit_bytes
+        self.deadline_s = time.monotonic() + time_s
+        self.complete = True
+        self.known: dict[tuple[str, ...], Choice] = {}
+        self.estimates: dict[tuple[str, ...], int] = {}
+
+    def late(self) -> bool:
+        if time.monotonic() < self.deadline_s:
+            return False
+        self.complete = False
+        return True
+
+    def planned(self, layers: Sequence[str]) -> Choice:
+        """The choice of exactly these layers."""
+        key = tuple(layers)
+        if key not in self.known:
+            made = recompute(self.program, key)
+            nbytes = self.peak(made)
+            extra = extra_arithmetic(self.program, made)
+            self.known[key] = Choice(key, made, nbytes, extra, nbytes <= self.limit_bytes, True)
+        return self.known[key]
+
+    def estimate(self, layers: Sequence[str]) -> int:
+        key = tuple(layers)
+        if key not in self.estimates:
+            self.estimates[key] = max(live_bytes(recompute(self.program, key)))
+        return self.estimates[key]
+
+    def run(self) -> Choice:
+        none = self.planned(())
+        families = [] if none.fits else self.families()
+        # What the estimate leaves out (states, scratch, holes) hardly depends on what is recomputed.
+        offset_bytes = none.peak_bytes - self.estimate(())
+        candidates: list[tuple[str, ...]] = []
+        for family in families:
+            shortest = self.shortest(family, self.limit_bytes - offset_bytes)
+            if shortest:
+                candidates.append(shortest)
+        candidates.sort(key=self.cost)
+        found: list[Choice] = [none]
+        for layers in candidates:
+            if self.late() or any(one.fits for one in found):
+                break
+            found.append(self.planned(layers))
+        if not any(one.fits for one in found):
+            for family in sorted(families, key=self.estimate):
+                if self.late():
+                    break
+                found.append(self.planned(family))
+        fitting = [one for one in found if one.fits]
+        best = min(fitting, key=lambda one: (one.extra_arithmetic, one.peak_bytes)) if fitting else None
+        if best is None:
+            best = min(found, key=lambda one: (one.peak_bytes, one.extra_arithmetic))
+        best = self.pruned(best)
+        return Choice(best.layers, best.program, best.peak_bytes, best.extra_arithmetic, best.fits, self.complete)
+
+    def cost(self, layers: tuple[str, ...]) -> float:
+        return extra_arithmetic(self.program, recompute(self.program, layers))
+
+    def families(self) -> list[tuple[str, ...]]:
+        """Sets of blocks, of each the one first that saves most bytes for its arithmetic."""
+        measured = {name: (saved, cost) for name, saved, cost in blocks(self.program)}
+        names = sorted(measured, key=lambda name: (-measured[name][0] / max(1, measured[name][1]), name))
+        deepest = max((name.count(".") for name in names), default=-1)
+        found = [
+            tuple(n for n in names if n.count(".") == depth or (n.count(".") < depth and not _has_inside(n, names)))
+            for depth in range(deepest + 1)
+        ]
+        children: dict[str, list[int]] = {}
+        for name in names:
+            parent, _, last = name.rpartition(".")
+            if last.isdecimal():
+                children.setdefault(parent, []).append(int(last))
+        for parent, numbers in sorted(children.items()):
+            numbers.sort()
+            prefix = parent + "." if parent else ""
+            outside = tuple(
+                n for n in names if n.count(".") == parent.count(".") + bool(parent) and not n.startswith(prefix)
+            ) if parent else ()  # fmt: skip
+            lengths = {2, 3, 4, 6, 8, 12, 16, math.isqrt(len(numbers)), math.isqrt(len(numbers) - 1) + 1}
+            for length in sorted(n for n in lengths if 2 <= n < len(numbers)):
+                pieces = [numbers[i : i + length] for i in range(0, len(numbers), length)]
+                ranges = tuple(f"{prefix}{p[0]}..{p[-1]}" if len(p) > 1 else f"{prefix}{p[0]}" for p in pieces)
+                found.append((*ranges, *outside))
+        return list(dict.fromkeys(family for family in found if family))
+
+    def shortest(self, family: tuple[str, ...], limit_bytes: int) -> tuple[str, ...]:
+        """As many of a family's blocks, from the first on, as bring the estimate within a limit; none if not even all."""
+        if self.estimate(family) > limit_bytes or self.late():
+            return ()
+        low, high = 0, len(family)  # low of them do not suffice, high do
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.estimate(family[:middle]) <= limit_bytes:
+                high = middle
+            else:
+                low = middle
+        return family[:high]
+
+    def pruned(self, best: Choice) -> Choice:
+        """Without blocks that are not needed to fit (or, when nothing fits, that do not lower the peak)."""
+        for name in best.layers:
+            if len(best.layers) <= 1 or self.late():
+                break
+            less = self.planned([n for n in best.layers if n != name])
+            if (less.fits or not best.fits) and less.peak_bytes <= (self.limit_bytes if best.fits else best.peak_bytes):
+                best = less
+        return best
+
+
+def _has_inside(name: str, names: Sequence[str]) -> bool:
+    return any(other.startswith(name + ".") for other in names)

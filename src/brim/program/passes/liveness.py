@@ -1,0 +1,99 @@
+"""How many bytes a program keeps alive at each instruction: a quick estimate that passes choose by.
+
+Placement knows it to the byte, but needs a backend and every kernel's scratch. Passes only compare two orders of the
+same instructions, and for that lifetimes are enough: what is written in a state's memory, or over an input that dies,
+takes nothing; scratch and rounding are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from brim.program.ir import FUSED, STORE, Instruction, Program, Ref, Value
+
+__all__ = ["live_bytes", "stored_values", "works_in_place"]
+
+
+def works_in_place(instruction: Instruction) -> bool:
+    """True when a kernel may, as a rule, write its output over an input of the same size."""
+    return instruction.op is FUSED or instruction.op.kind == "elementwise" or instruction.op.name == "dropout"
+
+
+def live_bytes(program: Program) -> list[int]:
+    """Bytes in the arena while each instruction runs, as far as lifetimes tell; never empty."""
+    instructions = program.instructions
+    last = _last_reads(program)
+    at_home = {value for value, _ in stored_values(program)}
+    change = [0] * (len(instructions) + 2)
+    for value in program.inputs:
+        _count(change, value.nbytes, 0, last.get(value, 0))
+    end: dict[Value, int] = {}
+    taken: set[Value] = set()  # values whose memory another one took over
+    for n, instruction in enumerate(instructions):
+        dying: list[Value] = []
+        if works_in_place(instruction):
+            dying = [
+                ref.value
+                for ref in instruction.refs
+                if ref.whole and ref.value in end and end[ref.value] == n and ref.value not in taken
+            ]
+        for out in instruction.outs:
+            if out.home is not None or out in at_home:
+                continue
+            end[out] = last.get(out, n)
+            old = next((v for v in dying if v.nbytes == out.nbytes and v not in taken), None)
+            start = n
+            if old is not None:
+                taken.add(old)
+                start = n + 1  # until then it is counted as the old one
+            _count(change, out.nbytes, start, end[out])
+    levels, level = [], 0
+    for delta in change[: len(instructions) + 1]:
+        level += delta
+        levels.append(level)
+    return levels
+
+
+def _count(change: list[int], nbytes: int, first: int, last: int) -> None:
+    if last >= first:
+        change[first] += nbytes
+        change[last + 1] -= nbytes
+
+
+def _last_reads(program: Program) -> dict[Value, int]:
+    last: dict[Value, int] = {}
+    for n, instruction in enumerate(program.instructions):
+        for operand in instruction.ins:
+            if type(operand) is Ref:
+                last[operand.value] = n
+    for ref in program.results:
+        last[ref.value] = len(program.instructions)
+    return last
+
+
+def stored_values(program: Program) -> Iterable[tuple[Value, int]]:
+    """(value, number of the instruction that makes it) of new values that may be written straight into their state.
+
+    That is so when every read of the old value comes before the new one is made (or is made by the same instruction).
+    """
+    made: dict[Value, int] = {}
+    read: dict[Value, int] = {}
+    stores: dict[Value, tuple[Value, bool]] = {}
+    for n, instruction in enumerate(program.instructions):
+        ins = instruction.ins
+        if instruction.op is STORE:
+            stores[ins[0].value] = (ins[1].value, ins[1].whole)
+            ins = ins[1:]
+        for operand in ins:
+            if type(operand) is Ref and operand.value.origin == "state":
+                read[operand.value] = n
+        for out in instruction.outs:
+            made[out] = n
+    for ref in program.results:
+        read[ref.value] = len(program.instructions)
+    found: dict[Value, int] = {}
+    for state, (value, whole) in stores.items():
+        at = made.get(value)
+        if whole and at is not None and read.get(state, -1) <= at and value not in found:
+            found[value] = at
+    return found.items()

@@ -1,0 +1,402 @@
+"""What a step will need, before it runs: peak memory to the byte, where it is, what it is made of, what would fit.
+
+A plan covers one or several programs that take turns in one arena (training step, last batch, evaluation). Its peak is
+the resident memory (parameters, state, constants), the arena, and the results that are handed out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from brim.io.atomic import atomic_write
+from brim.memory.budget import BudgetLike, parse_budget
+from brim.memory.host import read_host_memory
+from brim.memory.pool import round_up
+from brim.memory.report import KINDS
+from brim.program.compare import PlanDifference, compare
+from brim.program.document import document
+from brim.program.html import to_html
+from brim.program.ir import Value
+from brim.program.lower import Prepared
+from brim.units import format_bytes
+
+__all__ = ["AliveBlock", "Plan", "PlannedProgram", "Resident"]
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Memory that is there all the time: a parameter, a buffer, optimizer state, a constant.
+
+    Attributes:
+        key: the same for the same memory in different programs.
+        exists: whether the memory is held already.
+    """
+
+    key: Any
+    value: Value
+    reserved_bytes: int
+    exists: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AliveBlock:
+    """One array that is alive at the peak.
+
+    Attributes:
+        kind: one of ``brim.memory.report.KINDS``.
+        first, last: numbers of the instructions between which it lives; -1 is before the first.
+    """
+
+    op: str
+    layer: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    offset_bytes: int | None
+    first: int
+    last: int
+    site: str
+
+
+@dataclass(eq=False)
+class PlannedProgram:
+    """One program of a plan.
+
+    Attributes:
+        name: "training step", "last batch", "evaluation", ...
+        prepared: the program with its places.
+        residents: memory outside the arena that it needs.
+        n_results: how many of the program's results are handed out as copies.
+    """
+
+    name: str
+    prepared: Prepared
+    residents: list[Resident]
+    n_results: int
+    kinds: dict[Value, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        program = self.prepared.program
+        self.kinds = {}
+        phases = {out: i.phase for i in program.instructions for out in i.outs}
+        saved: set[Value] = set()
+        for instruction in program.instructions:
+            if instruction.phase == "backward":
+                saved.update(ref.value for ref in instruction.refs)
+        for value in [*phases, *program.inputs]:
+            kind = value.category
+            if kind == "temps" and value in saved and phases.get(value) == "forward":
+                kind = "activations"
+            self.kinds[value] = kind
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.prepared.memory.arena_bytes
+
+    @cached_property
+    def results_bytes(self) -> int:
+        """Bytes of the copies that a run hands out, rounded as the pool rounds."""
+        unit = self.prepared.alignment_bytes
+        return sum(round_up(ref.spec.nbytes, unit) for ref in self.prepared.program.results[: self.n_results])
+
+    def alive_at(self, at: int) -> list[AliveBlock]:
+        """Everything in the arena while instruction ``at`` runs, largest first."""
+        memory, program = self.prepared.memory, self.prepared.program
+        found = []
+        for what, nbytes, offset in memory.alive_at(at):
+            if isinstance(what, Value):
+                first, last = memory.lifetimes[what]
+                found.append(
+                    AliveBlock(
+                        what.op,
+                        what.layer,
+                        self.kinds[what],
+                        what.spec.shape,
+                        str(what.spec.dtype),
+                        what.nbytes,
+                        offset,
+                        first,
+                        last,
+                        what.where,
+                    )  # fmt: skip
+                )
+            else:
+                one = program.instructions[at]
+                found.append(
+                    AliveBlock(
+                        one.op.name, one.layer, "workspace", (nbytes,), "uint8", nbytes, offset, at, at, one.where
+                    )
+                )
+        return sorted(found, key=lambda block: (-block.nbytes, block.first))
+
+    @cached_property
+    def hash(self) -> str:
+        """A fingerprint of the instructions and places: equal hashes run alike."""
+        text = str(self.prepared.program) + repr(
+            [self.prepared.memory.offset_bytes(v) for v in self.kinds if v.home is None]
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Plan:
+    """The memory that a step will need.
+
+    Arguments:
+        programs: what takes turns in the arena; the first is the step itself.
+        device: name of the device or profile that it is planned for.
+        what: what the plan is of, for messages.
+        budget: the declared budget, for reports.
+        replan: makes the plan for other input specs (one list of shapes per input), or None when that is impossible.
+        input_shapes: shapes of the step's inputs.
+        estimated: True when the device was described by a profile.
+        overhead_bytes: what the process holds on the device besides: libraries, context.
+        profile: name of the profile that describes the device, if one was used.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[PlannedProgram],
+        device: str,
+        what: str = "training step",
+        budget: BudgetLike | None = None,
+        replan: Callable[[list[tuple[int, ...]]], Plan] | None = None,
+        input_shapes: Sequence[tuple[int, ...]] = (),
+        estimated: bool = False,
+        overhead_bytes: int = 0,
+        profile: str | None = None,
+    ) -> None:
+        self.programs, self.device, self.what, self.budget = list(programs), device, what, budget
+        self.replan, self.input_shapes = replan, list(input_shapes)
+        self.estimated, self.overhead_bytes, self.profile = estimated, overhead_bytes, profile
+
+    @property
+    def exactness(self) -> dict[str, str]:
+        """Class of each figure that is not exact: "bound", "measured" or "estimated"."""
+        found = {}
+        if any(kernel.library_bytes for p in self.programs for kernel in p.prepared.kernels):
+            found["workspace"] = "bound"
+        if self.estimated:
+            found |= dict.fromkeys(("peak", "arena", "workspace", "overhead"), "estimated")
+        return found
+
+    # ---------------------------------------------------------------- the peak
+
+    @cached_property
+    def residents(self) -> list[Resident]:
+        """Memory outside the arena, each piece once."""
+        return list({r.key: r for program in self.programs for r in program.residents}.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(r.reserved_bytes for r in self.residents)
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the arena: that of the program which needs most."""
+        return max((p.arena_bytes for p in self.programs), default=0)
+
+    @property
+    def results_bytes(self) -> int:
+        """Bytes of the results that one run hands out, at most."""
+        return max((p.results_bytes for p in self.programs), default=0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that the step and everything it needs ever hold on the device."""
+        return self.resident_bytes + self.arena_bytes + self.results_bytes + self.overhead_bytes
+
+    @property
+    def peak_program(self) -> PlannedProgram:
+        """The program that sets the size of the arena."""
+        return max(self.programs, key=lambda p: p.arena_bytes)
+
+    @property
+    def peak_at(self) -> str:
+        """The op, layer and source line at the peak."""
+        program = self.peak_program
+        at = program.prepared.memory.peak_at
+        instructions = program.prepared.program.instructions
+        if not 0 <= at < len(instructions):
+            return f"{program.name}, before its first instruction"
+        one = instructions[at]
+        of = f"{one.phase} of {one.layer}" if one.layer else one.phase
+        where = f"   {one.where}" if one.where else ""
+        return f"{one.op.name} in {of} ({program.name}, instruction {at} of {len(instructions)}){where}"
+
+    def by_kind(self) -> dict[str, int]:
+        """Bytes at the peak by kind (``brim.memory.report.KINDS``); they add up to ``peak_bytes``."""
+        found = dict.fromkeys(KINDS, 0)
+        for resident in self.residents:
+            found[resident.value.category] += resident.value.nbytes
+            found["rounding"] += resident.reserved_bytes - resident.value.nbytes
+        program = self.peak_program
+        memory = program.prepared.memory
+        unit = program.prepared.alignment_bytes
+        for block in program.alive_at(memory.peak_at):
+            found[block.kind] += block.nbytes
+            found["rounding"] += round_up(block.nbytes, unit) - block.nbytes
+        found["holes"] = memory.arena_bytes - memory.peak_live_bytes
+        found["temps"] += self.results_bytes
+        found["overhead"] = self.overhead_bytes
+        return {kind: nbytes for kind, nbytes in found.items() if nbytes}
+
+    def by_layer(self) -> list[tuple[str, dict[str, int]]]:
+        """(layer, bytes at the peak by kind), the layer with most first; "" is what belongs to no layer."""
+        rows: dict[str, dict[str, int]] = {}
+        entries = [(r.value.layer, r.value.category, r.value.nbytes) for r in self.residents]
+        entries += [(b.layer, b.kind, b.nbytes) for b in self.alive_at_peak() if b.offset_bytes is not None]
+        for layer, kind, nbytes in entries:
+            row = rows.setdefault(layer, {})
+            row[kind] = row.get(kind, 0) + nbytes
+        return sorted(rows.items(), key=lambda item: (-sum(item[1].values()), item[0]))
+
+    def alive_at_peak(self, top: int | None = None) -> list[AliveBlock]:
+        """Everything that is alive at the peak, residents included, largest first."""
+        blocks = self.peak_program.alive_at(self.peak_program.prepared.memory.peak_at)
+        for r in self.residents:
+            v = r.value
+            blocks.append(
+                AliveBlock(v.op, v.layer, v.category, v.spec.shape, str(v.spec.dtype), v.nbytes, None, -1, -1, v.where)
+            )
+        blocks.sort(key=lambda block: -block.nbytes)
+        return blocks if top is None else blocks[:top]
+
+    def timeline(self, program: int = 0) -> list[tuple[str, dict[str, int]]]:
+        """For each instruction of a program: its label, and the bytes alive in the arena by kind while it runs."""
+        planned = self.programs[program]
+        rows = []
+        for at, one in enumerate(planned.prepared.program.instructions):
+            kinds: dict[str, int] = {}
+            for block in planned.alive_at(at):
+                kinds[block.kind] = kinds.get(block.kind, 0) + block.nbytes
+            rows.append((f"{one.op.name} {one.layer}".strip(), kinds))
+        return rows
+
+    @property
+    def hash(self) -> str:
+        """A fingerprint of all programs."""
+        return hashlib.sha256("".join(p.hash for p in self.programs).encode()).hexdigest()[:16]
+
+    # ---------------------------------------------------------------- budgets
+
+    def limit_bytes(self, budget: BudgetLike) -> int | None:
+        """What a budget comes to for this plan's device."""
+        host = read_host_memory()
+        return parse_budget(budget, self.device).resolve(host.limit_bytes, host.available_bytes, host.headroom_bytes)
+
+    def fits(self, budget: BudgetLike) -> bool:
+        """True when the peak is within the budget (equality fits)."""
+        limit = self.limit_bytes(budget)
+        return limit is None or self.peak_bytes <= limit
+
+    def largest_batch(self, budget: BudgetLike) -> int:
+        """The largest batch whose plan fits: b fits and b + 1 does not. 0 when not even one sample fits.
+
+        Raises:
+            ValueError: the step cannot be planned for other batches: no inputs share a first axis.
+        """
+        limit = self.limit_bytes(budget)
+        if limit is None:
+            raise ValueError("largest_batch needs a budget that is a limit; with 'off' every batch fits")
+        return largest_batch(self, limit)
+
+    # ---------------------------------------------------------------- handing on
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, see docs/plan-schema.md."""
+        return document(self, version("brim"))
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The plan as JSON (docs/plan-schema.md), also written to a file where a path is given."""
+        return _written(path, json.dumps(self.to_dict(), separators=(",", ":")))
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The plan as one HTML page that works offline, also written to a file where a path is given."""
+        return _written(path, to_html(self.to_dict()))
+
+    def diff(self, other: Plan) -> PlanDifference:
+        """What ``other`` needs more (or less) than this plan: of the peak, by kind, by layer."""
+        return compare(self, other)
+
+    def __repr__(self) -> str:
+        text = " | ".join(f"{kind} {format_bytes(nbytes)}" for kind, nbytes in self.by_kind().items())
+        return f"<Plan of {self.what}: peak {format_bytes(self.peak_bytes)} on {self.device}: {text}>"
+
+
+def _written(path: str | Path | None, text: str) -> str:
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write(text.encode())
+    return text
+
+
+def batch_of(shapes: Sequence[tuple[int, ...]]) -> int:
+    """The size of the first axis that the inputs share: the batch.
+
+    Raises:
+        ValueError: there are no inputs, one has no axes, or they differ.
+    """
+    sizes = {shape[0] if shape else None for shape in shapes}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            f"the inputs of the step have shapes {list(shapes)}: they share no first axis that could be the batch"
+        )
+    return int(next(iter(sizes)))  # type: ignore[arg-type]
+
+
+def with_batch(plan: Plan, batch: int) -> Plan:
+    """The plan for another batch."""
+    batch_of(plan.input_shapes)
+    if plan.replan is None:
+        raise ValueError("this plan cannot be made for another batch")
+    return plan.replan([(batch, *shape[1:]) for shape in plan.input_shapes])
+
+
+def largest_batch(plan: Plan, limit_bytes: int) -> int:
+    """See ``Plan.largest_batch``. The search follows the nearly straight line of peak over batch, then brackets."""
+    batch = batch_of(plan.input_shapes)
+    known: dict[int, int] = {batch: plan.peak_bytes}
+
+    def peak(b: int) -> int:
+        if b not in known:
+            known[b] = with_batch(plan, b).peak_bytes
+        return known[b]
+
+    if peak(1) > limit_bytes:
+        return 0
+    low, high = 1, None  # low fits; high does not
+    guess = batch if batch > 1 else 2
+    while True:
+        if peak(guess) <= limit_bytes:
+            low = max(low, guess)
+        else:
+            high = guess if high is None else min(high, guess)
+        if high is not None and high - low <= 1:
+            return low
+        slope = (peak(low) - peak(1)) / (low - 1) if low > 1 else 0.0
+        if high is not None:
+            slope = (peak(high) - peak(low)) / (high - low)
+            guess = low + int((limit_bytes - peak(low)) / slope) if slope > 0 else (low + high) // 2
+            guess = min(max(guess, low + 1), high - 1)
+            # A guess next to a known end tells little more than that end: halve instead, now and then.
+            if len(known) % 4 == 0:
+                guess = (low + high) // 2
+        elif slope > 0:
+            guess = max(low + 1, min(low * 8, low + int((limit_bytes - peak(low)) / slope) + 1))
+        else:
+            guess = low * 8
+        if guess > 2**40:
+            return low
+
+
+def residents_of(refs: Sequence[tuple[Any, Value, bool]], alignment_bytes: int) -> list[Resident]:
+    """Resident memory from (key, value, exists)."""
+    return [Resident(key, value, round_up(value.nbytes, alignment_bytes), exists) for key, value, exists in refs]

@@ -1,0 +1,168 @@
+"""Running a prepared program: kernels bound to fixed places in the arena once, then called one after another.
+
+A run copies the arguments in, computes the host's numbers, calls the bound kernels and copies the results out. It
+allocates nothing but the results that it hands out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from brim.backend import BoundKernel, ScalarCell
+from brim.device import Device
+from brim.memory.pool import Block
+from brim.program.ir import STORE, HostScalar, Instruction, Ref, Value
+from brim.program.lower import Prepared
+from brim.spec import Spec
+from brim.tensor import Tensor
+
+__all__ = ["Runner"]
+
+_BYTES = np.dtype("u1")
+
+
+class Runner:
+    """A prepared program on a device with memory.
+
+    Arguments:
+        prepared: the program.
+        device: where it runs.
+        homes: memory of each state and constant of the program.
+        receivers: called with a number each, the last of the program's results, as soon as it is known; one that
+            raises ends the run there.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        device: Device,
+        homes: dict[Value, Block],
+        receivers: Sequence[Callable[[Any], None]] = (),
+    ) -> None:
+        self.prepared, self.device, self.homes, self.receivers = prepared, device, homes, list(receivers)
+        self._generation = -1
+        self._calls: list[Callable[[], None]] = []
+        self._inputs: list[Any] = []
+        self._results: list[Tensor] = []  # but for the receivers' numbers
+        self._scalars: list[tuple[ScalarCell, Callable[..., Any], tuple[Any, ...]]] = []
+        self.runs = 0
+
+    # ---------------------------------------------------------------- binding
+
+    def _bind(self, arena: Block) -> None:
+        program, memory = self.prepared.program, self.prepared.memory
+        view = self.device.backend.view
+        cells: dict[int, ScalarCell] = {}
+        self._scalars = []
+        for scalar in program.scalars():
+            cell = cells[id(scalar)] = ScalarCell()
+            args = tuple(cells[id(a)] if isinstance(a, HostScalar) else a for a in scalar.args)
+            self._scalars.append((cell, scalar.read, args))
+
+        def place(value: Value) -> tuple[Block, int]:
+            block = self.homes.get(value.home or value)
+            if block is not None:
+                return block, block.offset_bytes
+            return arena, arena.offset_bytes + memory.offset_bytes(value)
+
+        def array(ref: Ref) -> Any:
+            block, start = place(ref.value)
+            return view(block.buffer, start + ref.offset * ref.spec.dtype.itemsize, ref.spec)
+
+        def operand(x: Any) -> Any:
+            return array(x) if isinstance(x, Ref) else cells[id(x)] if isinstance(x, HostScalar) else x
+
+        results = []
+        for ref in program.results:
+            block, start = place(ref.value)
+            offset = (start - block.offset_bytes) // ref.spec.dtype.itemsize + ref.offset
+            results.append(Tensor(ref.spec, self.device, block, offset))
+        wanted = len(results) - len(self.receivers)
+        self._results = results[:wanted]
+        producers = program.producers()
+        due: dict[int, list[Callable[[], None]]] = {}
+        for ref, result, receive in zip(program.results[wanted:], results[wanted:], self.receivers, strict=True):
+            at = producers.get(ref.value, len(program.instructions) - 1)
+            due.setdefault(at, []).append(partial(_deliver, receive, result))
+
+        calls: list[Callable[[], None]] = []
+        for number, (instruction, kernel) in enumerate(zip(program.instructions, self.prepared.kernels, strict=True)):
+            scratch = None
+            if kernel.scratch_bytes:
+                start = arena.offset_bytes + memory.scratch_offset_bytes(number)
+                scratch = view(arena.buffer, start, Spec((kernel.scratch_bytes,), _BYTES))
+            if instruction.op is STORE:
+                state, new = instruction.ins
+                outs, ins = [array(state)], [array(new)]
+            else:
+                outs = [array(Ref.of(out)) for out in instruction.outs]
+                ins = [operand(i) for i in instruction.ins]
+            calls += _calls(kernel, instruction, outs, ins, scratch)
+            calls += due.pop(number, ())
+        self._calls = calls + [call for late in due.values() for call in late]
+        self._inputs = [array(Ref.of(value)) for value in program.inputs]
+        self._generation = self.device.memory.arena.generation
+        self.device.memory.arena.tenants.add(self)
+
+    # ---------------------------------------------------------------- running
+
+    def run(self, arguments: Sequence[Any], copy: bool) -> list[Tensor]:
+        """One run; returns the results but for the receivers' numbers.
+
+        Arguments:
+            arguments: a tensor or NumPy array for each input, of its shape and dtype.
+            copy: hand out copies; otherwise tensors whose elements last until the next run on the device.
+        """
+        arena = self.device.memory.arena
+        backend = self.device.backend
+        with arena.lock:
+            block = arena.reserve(self.prepared.memory.arena_bytes)
+            if self._generation != arena.generation:
+                self._bind(block)
+            for target, given in zip(self._inputs, arguments, strict=True):
+                if type(given) is Tensor or isinstance(given, Tensor):
+                    given = given.array if given.device is self.device else backend.download(given.array)
+                backend.upload(target, given)
+            for cell, read, args in self._scalars:
+                cell.value = read(*[a.value if type(a) is ScalarCell else a for a in args]) if args else read()
+            with backend.running():
+                for call in self._calls:
+                    call()
+            self.runs += 1
+            return [result.copy() if copy else result for result in self._results]
+
+    def release(self) -> None:
+        """Drop every array over the arena and the states."""
+        self._calls, self._inputs, self._results, self._scalars = [], [], [], []
+        self._generation = -1
+
+
+def _deliver(receive: Callable[[Any], None], result: Tensor) -> None:
+    receive(result.item())
+
+
+def _calls(
+    kernel: BoundKernel, instruction: Instruction, outs: list[Any], ins: list[Any], scratch: Any
+) -> list[Callable[[], None]]:
+    """Calls without arguments that run one instruction."""
+    params = instruction.params
+    out = outs[0] if len(outs) == 1 else tuple(outs)
+    if kernel.prepare is not None:
+        prepared = kernel.prepare(out, *ins, scratch=scratch, **params)
+        if prepared is not None:
+            return list(prepared)
+    cells = [(position, operand) for position, operand in enumerate(ins) if type(operand) is ScalarCell]
+    if not cells:
+        return [partial(kernel.run, out, *ins, scratch=scratch, **params)]
+    run, arguments = kernel.run, list(ins)
+
+    def call() -> None:
+        for position, cell in cells:
+            arguments[position] = cell.value
+        run(out, *arguments, scratch=scratch, **params)
+
+    return [call]
