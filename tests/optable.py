@@ -37,6 +37,8 @@ TESTED_ELSEWHERE = {
     "transfer": "between two devices: test_tensor.py",
     "store": "only in programs: test_program_passes_basic.py, test_networks_planned.py",
     "fused": "only in programs: test_fused_cpu.py, test_program_fuse.py",
+    "matmul_epilogue": "only in programs: test_program_epilogue.py",
+    "conv2d_epilogue": "only in programs: test_program_epilogue.py",
 }
 
 

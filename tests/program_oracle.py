@@ -142,7 +142,7 @@ class _Run:
             scratch = self.scratch(n, kernel)
             flags = (*kernel.contiguous, *(False,) * len(ins))
             args = [np.ascontiguousarray(x) if flags[k] and isinstance(x, np.ndarray) else x for k, x in enumerate(ins)]
-            target = outs[0] if instruction.op.outputs == 1 else tuple(outs)
+            target = outs[0] if len(outs) == 1 else tuple(outs)
             kernel.run(target, *args, scratch=scratch, **instruction.params)
         for value, out in zip(instruction.outs, outs, strict=True):
             self.log[value] = out.copy()

@@ -127,9 +127,10 @@ class _Maker:
             self.write(REGISTRY["subtract"], (x, y), x.spec.shape)
 
     def store(self, state: Value) -> None:
-        fitting = [v for v in self.readable if v.spec.shape == state.spec.shape and v is not state]
+        """Of a value of its shape, or of a reshaped one."""
+        fitting = [v for v in self.readable if v.spec.size == state.spec.size and v is not state]
         if fitting:
-            new = self.source.choice(fitting)
-            self.instructions.append(Instruction(STORE, (Ref.of(state), Ref.of(new)), (), phase="update"))
+            new = Ref(self.source.choice(fitting), state.spec)
+            self.instructions.append(Instruction(STORE, (Ref.of(state), new), (), phase="update"))
             if state in self.readable:
                 self.readable.remove(state)

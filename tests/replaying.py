@@ -121,6 +121,9 @@ class Recorder:
     def note_module(self, module: Any) -> None:
         self.modules.append(module)
 
+    def note_flag(self, tensor: Tensor) -> None:
+        """Tensors keep their flags here."""
+
     def note_gradient(self, tensor: Tensor, event: str | None) -> None:
         """Gradients are real tensors here: nothing to note."""
 

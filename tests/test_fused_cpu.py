@@ -163,6 +163,35 @@ def test_chains_equal_op_by_op(chain: list[tuple[str, int, int]], first: str, se
     assert both_ways(builder.formula(steps), arrays, outs) == [e.tobytes() for e in expected]
 
 
+SELECTED = ("bool", "int8", "uint16", "int32", "int64", "float32", "float64", "complex64", "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", SELECTED)
+@pytest.mark.parametrize("x", ["array", 0.0, 1, "cell"])
+@pytest.mark.parametrize("y", ["array", -0.0, 0, "cell"])
+def test_where_selects_bit_by_bit(dtype: str, x: Any, y: Any, small_blocks: None) -> None:
+    """Also NaN, -0.0 and both zeros, of which one is a mask of bits and the other is not."""
+    kind = DTYPES[dtype]
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 2, (3, 20)).astype(kind) for _ in range(2)]
+    if kind.kind not in "biu":
+        arrays[0][0, :6] = [np.nan, -0.0, 0.0, np.inf, -np.inf, 3]
+        arrays[1][2, :6] = arrays[0][0, :6]
+    condition = rng.random((3, 1)) < 0.5
+    cell = ScalarCell(1)
+    operands = [a if v == "array" else cell if v == "cell" else v for a, v in zip(arrays, (x, y), strict=True)]
+    ins = [condition, *operands]
+    builder = FormulaBuilder([i.dtype if isinstance(i, np.ndarray) else None for i in ins])
+    made = builder.step("where", [("in", 0), ("in", 1), ("in", 2)], kind, kind)
+    out = np.empty((3, 20), kind)
+    prepared(builder.formula([made[1]]), ins, [out])()
+    values = [np.full((3, 20), o.value if o is cell else o).astype(kind) for o in operands]
+    want = np.where(condition, *values)
+    assert out.tobytes() == want.tobytes()
+    both_ways(builder.formula([made[1]]), [1 if i is cell else i for i in ins], [out])
+    assert out.tobytes() == want.tobytes()
+
+
 def test_steps_in_half_width_floats_are_rounded_one_by_one() -> None:
     half = DTYPES["bfloat16"]
     x = np.linspace(-3, 3, 501).astype(half)

@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tensor",),
     ("eager", "creation"),
     ("program", "data", "nn", "optim"),
-    ("train",),
+    ("train", "models"),
     ("",),
     ("cli",),
     ("__main__",),

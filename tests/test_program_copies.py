@@ -237,8 +237,7 @@ def test_a_training_step_has_no_copy_left() -> None:
     copying = [
         i
         for i in compiled.program().instructions
-        if i.op.name in ("copy", "store")
-        or (i.op.name == "astype" and next(i.refs).spec.dtype == i.outs[0].spec.dtype)
+        if i.op.name in ("copy", "store") or (i.op.name == "astype" and next(i.refs).spec.dtype == i.outs[0].spec.dtype)
     ]
     assert not copying
     assert model[0].weight.grad is None

@@ -1,4 +1,4 @@
-"""The Python blocks of README.md run, one after another, as a reader would type them."""
+"""The Python blocks of README.md and of the pages in docs/ run, one after another, as a reader would type them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).resolve().parent.parent / "README.md"
+PAGES = [page for page in sorted((README.parent / "docs").glob("*.md")) if page.stem != "plan-schema"]  # its own test
 
 
 def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
@@ -24,6 +27,22 @@ def test_python_blocks_of_the_readme_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "memory holds" in done.stdout
     assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    assert code
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 
 
 def test_commands_of_the_readme_exist() -> None:

@@ -191,9 +191,11 @@ def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:
     trainer.progress = True
     trainer.fit(_data(), 2, batch_size=16)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
+    for word in ("planned: peak", " of ", "would be the largest"):
+        assert word in lines[0]
     for word in ("epoch 2/2", "loss", "accuracy", "samples/s", "ETA", "memory"):
-        assert word in lines[1]
+        assert word in lines[2]
 
 
 def test_bad_arguments() -> None:

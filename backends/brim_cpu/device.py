@@ -17,6 +17,7 @@ from brim.op import Op
 from brim.spec import Scalar, Spec
 from brim_cpu import kernels
 from brim_cpu.elementwise import bind_elementwise
+from brim_cpu.epilogue import EPILOGUES, bind_epilogue
 from brim_cpu.fused import bind_fused
 from brim_cpu.registry import KERNELS
 
@@ -66,6 +67,8 @@ class CpuBackend:
             return bind_elementwise(op, ins, outs[0], params)
         if op.name == "fused":
             return bind_fused(params["formula"], ins, outs)
+        if op.name in EPILOGUES:
+            return bind_epilogue(op.name, ins, outs, params)
         record = KERNELS[op.name]
         scratch = record.scratch(ins, outs, **params) if record.scratch else 0
         library = record.library(ins, outs, **params) if record.library else 0

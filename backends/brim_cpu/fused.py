@@ -68,17 +68,15 @@ class Evaluator:
         values, starts = self.code.values(ins)
         for start in starts:
             start()
-        self._loop(self.code, values, self._moving(out, ins), scratch)
+        self._loop(self.code, values, self._moving(self.code, out, ins), scratch)
 
-    def prepare(
-        self, out: Any, *ins: Any, scratch: Array | None = None, **params: Any
-    ) -> list[Callable[[], None]]:
+    def prepare(self, out: Any, *ins: Any, scratch: Array | None = None, **params: Any) -> list[Callable[[], None]]:
         """Calls that do what ``run`` does on these arrays; a scalar input may be a ``ScalarCell``."""
         if self.size == 0:
             return []
         code = self._code_for(out if isinstance(out, tuple) else (out,), ins)
         values, calls = code.values(ins)
-        moving = self._moving(out, ins)
+        moving = self._moving(code, out, ins)
         if sum(1 for _ in self._indices()) > PREPARED_BLOCKS:
             return [*calls, partial(self._loop, code, values, moving, scratch)]
         for _ in self._place(code, values, moving, scratch):
@@ -100,29 +98,28 @@ class Evaluator:
         fits = code.register_bytes(self.block) <= self.scratch_bytes
         return code if fits else self.code
 
-    def _moving(self, out: Any, ins: Sequence[Any]) -> list[Any]:
-        """The arrays, as they are cut into blocks; scalars stay."""
+    def _moving(self, code: Code, out: Any, ins: Sequence[Any]) -> list[tuple[int, Array]]:
+        """The arrays to be cut into blocks, each with its slot."""
         operands = [*ins, *out] if isinstance(out, tuple) else [*ins, out]
         for n, view in zip(self.arrays, self.views, strict=True):
             if view is not None:
                 operands[n] = view(operands[n])
-        return operands
+        moving = [(n, operands[n]) for n in self.arrays]
+        return moving + [(slot, operands[n].view(dtype)) for slot, n, dtype in code.seen_as]
 
     def _indices(self) -> Iterator[tuple[slice | int, ...]]:
         return iter(((),)) if self.single else blocks(self.shape, self.block)
 
-    def _place(self, code: Code, values: list[Any], moving: list[Any], scratch: Array | None) -> Iterator[None]:
+    def _place(
+        self, code: Code, values: list[Any], moving: list[tuple[int, Array]], scratch: Array | None
+    ) -> Iterator[None]:
         """Fill ``values`` with one block after the other of the arrays, and with registers of the block's shape."""
         registers = code.cut(scratch, self.block)
         shape: tuple[int, ...] | None = None
         first_out = len(self.ins)
         for index in self._indices():
-            if index:
-                for n in self.arrays:
-                    values[n] = moving[n][index]
-            else:
-                for n in self.arrays:
-                    values[n] = moving[n]
+            for slot, array in moving:
+                values[slot] = array[index] if index else array
             if values[first_out].shape != shape:
                 shape = values[first_out].shape
                 size = values[first_out].size
@@ -130,7 +127,7 @@ class Evaluator:
                     values[slot] = register[:size].reshape(shape)
             yield
 
-    def _loop(self, code: Code, values: list[Any], moving: list[Any], scratch: Array | None) -> None:
+    def _loop(self, code: Code, values: list[Any], moving: list[tuple[int, Array]], scratch: Array | None) -> None:
         calls = code.calls
         for _ in self._place(code, values, moving, scratch):
             for fn, operands in calls:

@@ -46,6 +46,11 @@ def typed(formula: FusedFormula, ins: Sequence[Spec | Scalar]) -> FusedFormula:
     return builder.formula([numbers[n] for n in formula.outputs])
 
 
+def _by_bits(step: ScalarStep) -> bool:
+    """True for a "where" on numbers that have an integer of their size, whose bits can be masked."""
+    return step.fn == "where" and step.dtype.kind in "biuf"
+
+
 class _Draws:
     """The stream of one "uniform" step: started at each run, then drawn from block after block."""
 
@@ -80,6 +85,7 @@ class Code:
     Attributes:
         calls: (function, itemgetter of its operands from the list of slots), in order.
         registers: itemsize of each register.
+        seen_as: (slot, slot of an input or output, dtype): its array, seen as another dtype of the same size.
     """
 
     def __init__(
@@ -91,10 +97,12 @@ class Code:
     ) -> None:
         self.steps, self.ins, self.outs = formula.steps, ins, outs
         self.registers: list[int] = []
+        self.seen_as: list[tuple[int, int, np.dtype[Any]]] = []
         self.calls: list[tuple[Callable[..., Any], Callable[[Any], Any]]] = []
         self._views: dict[int, tuple[int, np.dtype[Any]]] = {}  # slot -> (register, dtype)
         self._slots: dict[Any, int] = {}
-        self._constants: list[tuple[int, Any]] = []
+        self._known: dict[int, Any] = {}  # slot -> constant
+        self._scalars_as: list[tuple[int, int, np.dtype[Any]]] = []
         self._scalars: list[tuple[int, int, np.dtype[Any]]] = []
         self._draws: list[tuple[int, ScalarStep]] = []
         self._next = len(ins) + len(outs)
@@ -129,7 +137,7 @@ class Code:
         if step.fn == "uniform" or self.outs[out].dtype != step.dtype:
             return False
         later = [arg for after in self.steps[number + 1 :] for arg in after.args]
-        if step.fn == "where":  # writes the third argument before it reads the others
+        if step.fn == "where" and not _by_bits(step):  # writes the third argument before it reads the others
             later += step.args[:2]
         return not any(kind == "in" and aliases(out, which) for kind, which in later)
 
@@ -146,16 +154,56 @@ class Code:
         else:
             # In place where the function allows it: one array fewer in the cache.
             fit = [slot for slot in dying if self._views[slot][1] == step.dtype]
-            if step.fn == "where":
+            if step.fn == "where" and not _by_bits(step):
                 fit = [slot for slot in fit if slot == args[2] and slot not in args[:2]]
             out = fit[0] if fit else self._take(step.dtype)
-        extra = [self._take(step.dtype) for _ in range(EXTRA_REGISTERS.get(step.fn, 0))]
-        for fn, slots in numpy_calls(step.fn, args, out, extra, step.compute, self._constant):
-            self._call(fn, slots)
+        if _by_bits(step):
+            extra = self._select(args, out, np.dtype(f"i{step.dtype.itemsize}"))
+        else:
+            extra = self._plain(step, args, out)
         for slot in (*extra, *dying):
             if slot != out:
                 self._release(slot)
         return out
+
+    def _plain(self, step: ScalarStep, args: list[int], out: int) -> list[int]:
+        """Add the calls of a scalar function; returns the registers that it needed beside the result."""
+        extra = [self._take(step.dtype) for _ in range(EXTRA_REGISTERS.get(step.fn, 0))]
+        for fn, slots in numpy_calls(step.fn, args, out, extra, step.compute, self._constant):
+            self._call(fn, slots)
+        return extra
+
+    def _select(self, args: list[int], out: int, whole: np.dtype[Any]) -> list[int]:
+        """Add the calls of a "where" on bits: ``y ^ ((x ^ y) & mask)``, many times faster than a masked copy.
+
+        Nothing is written to ``out`` before the last call, which works element by element.
+        """
+        condition, (x, y, target) = args[0], (self._as(slot, whole) for slot in (args[1], args[2], out))
+        mask = self._take(whole)
+        self._call(np.copyto, (mask, condition, self._constant("unsafe")))
+        if self._known.get(x) == 0:
+            self._call(np.subtract, (mask, self._constant(whole.type(1)), mask))
+            self._call(np.bitwise_and, (y, mask, target))
+            return [mask]
+        self._call(np.negative, (mask, mask))
+        if self._known.get(y) == 0:
+            self._call(np.bitwise_and, (x, mask, target))
+            return [mask]
+        other = self._take(whole)
+        self._call(np.bitwise_xor, (x, y, other))
+        self._call(np.bitwise_and, (other, mask, other))
+        self._call(np.bitwise_xor, (other, y, target))
+        return [mask, other]
+
+    def _as(self, slot: int, dtype: np.dtype[Any]) -> int:
+        """The slot of the same bytes seen as another dtype of that size."""
+        if slot in self._known:
+            return self._constant(self._known[slot].view(dtype))
+        if slot in self._views:
+            return self._view(self._views[slot][0], dtype)
+        if slot < len(self.ins) + len(self.outs):
+            return self._slot(("bits", slot), lambda new: self.seen_as.append((new, slot, dtype)))
+        return self._slot(("bits", slot), lambda new: self._scalars_as.append((new, slot, dtype)))
 
     def _operand(self, step: ScalarStep, n: int, place: list[int]) -> int:
         kind, which = step.args[n]
@@ -189,7 +237,7 @@ class Code:
         return self._slots[key]
 
     def _constant(self, value: Any) -> int:
-        return self._slot((type(value), repr(value)), lambda slot: self._constants.append((slot, value)))
+        return self._slot((type(value), repr(value)), lambda slot: self._known.update({slot: value}))
 
     def _stream(self, step: ScalarStep) -> int:
         return self._slot(("draws", step), lambda slot: self._draws.append((slot, step)))
@@ -201,6 +249,9 @@ class Code:
         else:
             register = len(self.registers)
             self.registers.append(dtype.itemsize)
+        return self._view(register, dtype)
+
+    def _view(self, register: int, dtype: np.dtype[Any]) -> int:
         return self._slot(("register", register, dtype), lambda slot: self._views.update({slot: (register, dtype)}))
 
     def _release(self, slot: int) -> None:
@@ -234,7 +285,7 @@ class Code:
         """The list of slots with its constants and scalars, and what is to be called at the start of each run."""
         values: list[Any] = [None] * self._next
         starts: list[Callable[[], None]] = []
-        for slot, constant in self._constants:
+        for slot, constant in self._known.items():
             values[slot] = constant
         for slot, which, dtype in self._scalars:
             scalar = ins[which]
@@ -243,6 +294,8 @@ class Code:
                 starts.append(partial(_refresh, values[slot], scalar))
             else:  # an integer that does not fit its dtype raises OverflowError
                 values[slot] = dtype.type(scalar)
+        for slot, scalar_slot, dtype in self._scalars_as:
+            values[slot] = values[scalar_slot].view(dtype)
         for slot, step in self._draws:
             values[slot] = _Draws()
             seed, counter = (ins[which] if kind == "in" else which for kind, which in step.args)

@@ -38,7 +38,8 @@ context = _Context()
 
 
 class _Modes:
-    """Counts changes of any module's mode (training or evaluation), so that a program notices one without looking."""
+    """Counts what may make a recorded step stale: changes of a module's mode, parts or settings, and of
+    ``requires_grad``, so that a program looks at them only after there was one."""
 
     changes: int = 0
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from brim import autograd, ops
-from brim.context import context, layer_scope
+from brim.context import context, layer_scope, modes
 from brim.device import Device
 from brim.device import device as find_device
 from brim.errors import DTypeError, ShapeError
@@ -102,6 +102,10 @@ class Tensor(TensorMethods):
             raise DTypeError(f"only float tensors can require gradients, this one is {self.dtype}")
         if not value and self._node is not None:
             raise autograd.AutogradError("a computed result cannot stop requiring gradients; use x.detach()")
+        if self._node is None and self._requires_grad is not bool(value):
+            if context.interpreter is not None:
+                context.interpreter.note_flag(self)
+            modes.changes += 1
         self._requires_grad = bool(value)
 
     @property

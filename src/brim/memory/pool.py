@@ -212,7 +212,9 @@ class Pool:
 
     def _place(self, nbytes: int, record: BlockRecord) -> tuple[_Segment, int]:
         found = bisect_left(self._holes, (nbytes, -1, -1))
-        if found == len(self._holes):
+        # The arena stays for long: put into a larger hole, it would keep the rest of the segment from being given back.
+        exactly = record.category == "arena"
+        if found == len(self._holes) or (exactly and self._holes[found][0] != nbytes):
             self._admit(nbytes, record)
             segment = _Segment(self._next_serial, nbytes, self._allocate(nbytes))
             self._next_serial += 1

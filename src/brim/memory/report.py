@@ -203,7 +203,7 @@ def render(report: MemoryReport) -> str:
     optional = [
         _labelled("by layer", _flow(_layer_items(report), " · ")[:2]),
         _labelled("largest", _first_of([_block_line(block) for block in report.largest], 3)),
-        _labelled("remedies", _first_of([_short(line, _WIDTH - _LABEL_WIDTH) for line in report.remedies], 5)),
+        _labelled("remedies", _first_of([_short(line, _WIDTH - _LABEL_WIDTH) for line in report.remedies], 7)),
         _labelled("notes", _first_of([_short(line, _WIDTH - _LABEL_WIDTH) for line in report.notes], 3)),
     ]
     body: list[str] = []

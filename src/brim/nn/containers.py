@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from brim.context import modes
 from brim.nn.module import Module
 
 __all__ = ["ModuleDict", "ModuleList", "Sequential"]
@@ -28,10 +29,12 @@ class _Numbered(Module):
 
     def __setitem__(self, index: int, module: Module) -> None:
         self._modules[self._at(index)] = _checked(module)
+        modes.changes += 1
 
     def __delitem__(self, index: int) -> None:
         del self._modules[self._at(index)]
         kept = list(self._modules.values())
+        modes.changes += 1
         self._modules.clear()
         self._modules.update({str(i): module for i, module in enumerate(kept)})
 
@@ -96,6 +99,7 @@ class ModuleList(_Numbered):
         """Put a module before position ``index``."""
         kept = list(self)
         kept.insert(index, _checked(module))
+        modes.changes += 1
         self._modules.clear()
         self._modules.update({str(i): one for i, one in enumerate(kept)})
 
@@ -115,6 +119,7 @@ class ModuleDict(Module):
 
     def __delitem__(self, name: str) -> None:
         del self._modules[name]
+        modes.changes += 1
 
     def __len__(self) -> int:
         return len(self._modules)

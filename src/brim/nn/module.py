@@ -89,6 +89,7 @@ class Module:
             object.__setattr__(self, name, value)
         else:
             parameters, buffers, modules = self._registries()
+            modes.changes += 1
             if name in buffers and (value is None or isinstance(value, Tensor)):
                 buffers[name] = value if value is None else value.book_as("buffers")
             elif name in parameters and value is None:
@@ -102,7 +103,6 @@ class Module:
                     f"not {type(value).__name__} (delete the attribute first to change its meaning)"
                 )
             else:
-                modes.changes += name == "training"
                 object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -114,6 +114,7 @@ class Module:
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
 
     def __delattr__(self, name: str) -> None:
+        modes.changes += 1
         for registry in self._registries():
             if name in registry:
                 del registry[name]
@@ -124,6 +125,7 @@ class Module:
         return sorted({*super().__dir__(), *(name for registry in self._registries() for name in registry)})
 
     def _claim(self, name: str, registry: dict[str, Any]) -> None:
+        modes.changes += 1
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"a name inside a module is a non-empty string without dots, got {name!r}")
         for other in self._registries():

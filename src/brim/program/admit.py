@@ -2,82 +2,133 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from brim.device import Device
+from brim.errors import BudgetExceeded
 from brim.memory.budget import BudgetLike, parse_budget
 from brim.memory.host import read_host_memory
 from brim.memory.report import LiveBlock, MemoryReport, budget_exceeded
+from brim.program.fit import remedies
 from brim.program.plan import Plan
 
-__all__ = ["admit"]
+__all__ = ["Refusal", "admit", "refusal"]
+
+Remedies = Callable[[Plan, int, Callable[[Plan], int]], Sequence[str]]
 
 
-def admit(plan: Plan, device: Device, budget: BudgetLike | None = None, remedies: Any = None) -> None:
+def admit(plan: Plan, device: Device, budget: BudgetLike | None = None, remedies: Remedies = remedies) -> None:
     """Return when the plan fits next to everything that is live on the device.
 
     Arguments:
         plan: of the step about to run.
         device: where.
         budget: a tighter budget than the device's, or None.
-        remedies: called with (plan, bytes the plan may need) when it does not fit; gives lines for the report.
+        remedies: lines for the report: see ``brim.program.fit.remedies``.
 
     Raises:
         BudgetExceeded: it does not fit; nothing was allocated.
     """
+    found = refusal(plan, device, budget)
+    if found is not None:
+        raise found.error(remedies)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a plan cannot run now.
+
+    Attributes:
+        limit_bytes: the tightest budget, None for none; ``limit_text`` as declared.
+        needed_bytes: what the device would hold with the plan.
+        available_bytes: what the machine can give, where that, and not a budget, is too little.
+    """
+
+    plan: Plan
+    device: Device
+    limit_bytes: int | None
+    limit_text: str
+    needed_bytes: int
+    available_bytes: int | None
+
+    def needed(self, plan: Plan) -> int:
+        """What the device would hold with another plan in this one's place."""
+        return needed_bytes(plan, self.device)
+
+    def error(self, remedies: Remedies) -> BudgetExceeded:
+        """The error to raise, with its report. Plans other variants of the step, so none may be half made."""
+        lines: Sequence[str] = []
+        if self.limit_bytes is not None and self.available_bytes is None:
+            lines = remedies(self.plan, self.limit_bytes, self.needed)
+        return budget_exceeded(_report(self, lines))
+
+
+def refusal(plan: Plan, device: Device, budget: BudgetLike | None = None) -> Refusal | None:
+    """None when the plan fits next to everything that is live on the device; else why not."""
     memory = device.memory
     memory.pool.settle()
     limit, text = memory.limit_bytes, str(memory.budget)
     if budget is not None:
-        own = parse_budget(budget, device.name).resolve(*memory.sizes())
+        own = parse_budget(budget, device.name).resolve(*_sizes(device))
         if own is not None and (limit is None or own < limit):
             limit, text = own, str(parse_budget(budget, device.name))
-    ledger = memory.ledger
-    arena_bytes = ledger.by_kind["arena"]
-    created_bytes = sum(r.reserved_bytes for r in plan.residents if not r.exists)
-    growth_bytes = max(0, plan.arena_bytes - arena_bytes)
-    new_bytes = created_bytes + growth_bytes + plan.results_bytes
-    needed_bytes = ledger.live_bytes + new_bytes
-    available = read_host_memory().available_bytes if device.backend.shares_host_memory and limit is not None else None
-    if available is not None:
-        available += memory.pool.held_bytes - ledger.live_bytes  # cached blocks are given back before more is taken
-    over = limit is not None and needed_bytes > limit
-    short = available is not None and new_bytes > available
-    if not (over or short):
-        return
-    other_bytes = needed_bytes - plan.peak_bytes
-    raise budget_exceeded(
-        _report(plan, device, limit, text, needed_bytes, available if short and not over else None,
-                remedies(plan, limit - other_bytes) if remedies and over and limit is not None else [])  # fmt: skip
-    )
+    if limit is None:
+        return None
+    needed = needed_bytes(plan, device)
+    if needed > limit:
+        gc.collect()  # nothing is refused for the sake of garbage
+        memory.pool.settle()
+        needed = needed_bytes(plan, device)
+    if needed > limit:
+        return Refusal(plan, device, limit, text, needed, None)
+    if device.backend.shares_host_memory:
+        available = read_host_memory().available_bytes
+        available += memory.pool.held_bytes - memory.ledger.live_bytes  # cached blocks are given back first
+        if needed - memory.ledger.live_bytes > available:
+            return Refusal(plan, device, limit, text, needed, available)
+    return None
 
 
-def _report(
-    plan: Plan, device: Device, limit: int | None, text: str, needed_bytes: int, available: int | None, remedies: Any
-) -> MemoryReport:
+def needed_bytes(plan: Plan, device: Device) -> int:
+    """What the device would hold while a plan runs: what is live now, and what the plan adds."""
     ledger = device.memory.ledger
+    created_bytes = sum(r.reserved_bytes for r in plan.residents if not r.exists)
+    growth_bytes = max(0, plan.arena_bytes - ledger.by_kind["arena"])
+    return ledger.live_bytes + created_bytes + growth_bytes + plan.results_bytes
+
+
+def _sizes(device: Device) -> tuple[int, int, int]:
+    """Total, available and headroom; what the pool holds already is this process's to keep."""
+    total, available, headroom = device.memory.sizes()
+    return total, available + device.memory.pool.held_bytes, headroom
+
+
+def _report(refused: Refusal, remedies: Sequence[str]) -> MemoryReport:
+    plan, available = refused.plan, refused.available_bytes
+    ledger = refused.device.memory.ledger
     by_kind = {k: v for k, v in ledger.by_kind.items() if k != "arena"}
-    existing = {r.key for r in plan.residents if r.exists}
     for kind, nbytes in plan.by_kind().items():
         by_kind[kind] = by_kind.get(kind, 0) + nbytes
-    for r in plan.residents:  # counted by the ledger already
-        if r.key in existing:
+    for r in plan.residents:
+        if r.exists:  # counted by the ledger already
             by_kind[r.value.category] -= r.value.nbytes
             by_kind["rounding"] -= r.reserved_bytes - r.value.nbytes
     spare_bytes = max(0, ledger.by_kind["arena"] - plan.arena_bytes)
     by_kind["holes"] = by_kind.get("holes", 0) + spare_bytes
-    layers = [(layer, sum(row.values())) for layer, row in plan.by_layer() if layer]
     return MemoryReport(
         device=plan.device,
         what=plan.what,
         phase="plan",
-        budget_bytes=limit,
-        budget_text=text,
-        needed_bytes=needed_bytes,
+        budget_bytes=refused.limit_bytes,
+        budget_text=refused.limit_text,
+        needed_bytes=refused.needed_bytes,
         live_bytes=ledger.live_bytes,
         requested_bytes=0,
         by_kind=by_kind,
-        by_layer=layers,
+        by_layer=[(layer, sum(row.values())) for layer, row in plan.by_layer() if layer],
         largest=largest(plan),
         peak_at=plan.peak_at,
         available_bytes=available,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,16 @@ from brim.errors import TraceError
 from brim.memory.budget import BudgetLike
 from brim.memory.guard import give_back_on_refusal
 from brim.memory.pool import Block
-from brim.program.admit import admit
+from brim.program.admit import refusal
+from brim.program.fit import choose_recomputation, describe, remedies
 from brim.program.ir import Program, Value
 from brim.program.lower import Pass, Prepared, prepare
 from brim.program.passes import default_passes
-from brim.program.plan import Plan, PlannedProgram, residents_of
+from brim.program.passes.dead_code import dead_code
+from brim.program.passes.half_activations import half_activations
+from brim.program.passes.recompute import matcher
+from brim.program.passes.recompute import recompute as recompute_pass
+from brim.program.plan import Options, Plan, PlannedProgram, residents_of
 from brim.program.run import Runner
 from brim.program.trace import MetaState, is_argument, trace
 from brim.program.traced import TracedStep, is_hole
@@ -58,15 +65,40 @@ def trace_step(
         return trace(fn, arguments, specs, find_device(META), target), True
 
 
-def planned(name: str, traced: TracedStep, prepared: Prepared, on_meta: bool) -> PlannedProgram:
-    """The entry of a plan for one traced step."""
+def planned(
+    name: str,
+    traced: TracedStep,
+    prepared: Prepared,
+    on_meta: bool,
+    lower: Callable[[Program, Options], Prepared] | None = None,
+) -> PlannedProgram:
+    """The entry of a plan for one traced step; ``lower`` plans it with other options."""
     program = traced.program
     refs: list[tuple[Any, Value, bool]] = [
         (id(block), value, not on_meta) for value, (_, block) in zip(program.states, traced.state_blocks, strict=False)
     ]
     refs += [(key, value, False) for key, (value, *_) in zip(traced.created_keys, traced.created, strict=True)]
     refs += [(id(host), value, False) for value, host in program.constants.items()]
-    return PlannedProgram(name, prepared, residents_of(refs, prepared.alignment_bytes), traced.n_results)
+    residents = residents_of(refs, prepared.alignment_bytes)
+    return PlannedProgram(name, prepared, residents, traced.n_results, program, lower)
+
+
+def option_passes(options: Options) -> tuple[Pass, ...]:
+    """What options ask for, as passes that run before all others."""
+    found: list[Pass] = [dead_code]
+    if options.recompute:
+        found.append(partial(recompute_pass, layers=options.recompute))
+    if options.activations is not None:
+        found.append(half_activations)
+    return tuple(found) if len(found) > 1 else ()
+
+
+def _check_layers(names: Sequence[str], program: Program) -> None:
+    layers = dict.fromkeys(i.layer for i in program.instructions if i.phase == "forward" and i.layer)
+    for name in names:
+        if not any(map(matcher(name), layers)):
+            known = ", ".join(list(layers)[:12]) or "none"
+            raise ValueError(f"recompute names {name!r}, but the step runs no such layer; it runs {known}")
 
 
 class _Compiled:
@@ -80,9 +112,8 @@ class _Compiled:
         """Why this version does not describe the step any more, or an empty string."""
         traced = self.traced
         if self.modes_seen != modes.changes:
-            for module, training in traced.modules:
-                if module.training is not training:
-                    return f"{type(module).__name__} changed to {'training' if module.training else 'evaluation'} mode"
+            if found := traced.change():
+                return found
             self.modes_seen = modes.changes
         for tensor, block in traced.state_blocks:
             if tensor._block is not block:
@@ -120,9 +151,20 @@ class CompiledStep:
         device: Any = None,
         copy: bool = True,
         name: str | None = None,
+        recompute: Sequence[str] = (),
+        activations: str | None = None,
+        fit: str | None = None,
+        report: Callable[[str], Any] = print,
     ) -> None:
+        if isinstance(recompute, str):
+            recompute = (recompute,)
+        if activations not in (None, "bfloat16"):
+            raise ValueError(f"activations is 'bfloat16' or None (kept as they are), got {activations!r}")
+        if fit not in (None, "recompute"):
+            raise ValueError(f"fit is 'recompute' or None (refuse), got {fit!r}; the Trainer has 'microbatch', too")
         self.fn, self.budget, self.device = fn, budget, device
-        self.passes, self.copy = passes, copy
+        self.passes, self.copy, self.fit, self.report = passes, copy, fit, report
+        self.options = Options(tuple(recompute), activations)
         self.name = name or getattr(fn, "__name__", type(fn).__name__)
         self._versions: OrderedDict[Any, list[_Compiled]] = OrderedDict()
         self._history: list[str] = []
@@ -155,10 +197,30 @@ class CompiledStep:
             return find_device(self.device)
         return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), default_device())
 
-    def _passes(self, device: Device) -> Sequence[Pass]:
-        return default_passes(device.backend) if self.passes is None else self.passes
+    def _lower(self, device: Device, check: bool) -> Callable[[Program, Options], Prepared]:
+        """What prepares a traced program: the rewrites that options ask for, then the usual passes."""
+        usual = default_passes(device.backend) if self.passes is None else self.passes
+        return lambda program, options: prepare(program, device.backend, (*option_passes(options), *usual), check=check)
 
-    def _compile(self, arguments: Any, leaves: Sequence[Any]) -> _Compiled:
+    def _entry(
+        self, traced: TracedStep, on_meta: bool, device: Device, options: Options, check: bool = True
+    ) -> PlannedProgram:
+        _check_layers(options.recompute, traced.program)
+        prepared = self._lower(device, check)(traced.program, options)
+        # Variants of the step are only compared; what is going to run is verified.
+        entry = planned(self.name, traced, prepared, on_meta, self._lower(device, False))
+        entry.n_results = entry.n_results if self.copy else 0  # only copies take memory of their own
+        return entry
+
+    def _plan_of(
+        self, entry: PlannedProgram, arguments: Any, leaves: Sequence[Any], device: Device, options: Options
+    ) -> Plan:
+        shapes = [tuple(leaf.shape) for leaf in leaves]
+        replan = self._replan(arguments, leaves, device)
+        return Plan([entry], device.name, self.name, self.budget, replan, shapes, options=options)
+
+    def _compile(self, arguments: Any, leaves: Sequence[Any], options: Options | None = None) -> _Compiled:
+        """A version for these arguments. ``options`` are given where a search has found what fits."""
         device = self._target(leaves)
         specs = [_argument_spec(leaf) for leaf in leaves]
         traced, on_meta = trace_step(self.fn, arguments, specs, device)
@@ -169,16 +231,24 @@ class CompiledStep:
                 f"brim.plan, not run; build the model outside brim.meta() or on device={str(device)!r}"
             )
         try:
-            prepared = prepare(traced.program, device.backend, self._passes(device))
-            entry = planned(self.name, traced, prepared, on_meta)
-            made = Plan([entry], device.name, self.name, self.budget, self._replan(arguments, leaves, device),
-                        [leaf.shape for leaf in leaves])  # fmt: skip
-            admit(made, device, self.budget)
-            homes = _commit(traced, device)
+            entry = self._entry(traced, on_meta, device, options or self.options)
+            made = self._plan_of(entry, arguments, leaves, device, options or self.options)
+            refused = refusal(made, device, self.budget)
+            if refused is None:
+                homes = _commit(traced, device)
         except BaseException:
             traced.forget_created()
             raise
-        return _Compiled(traced, made, Runner(prepared, device, homes, traced.receivers), device)
+        if refused is None:
+            return _Compiled(traced, made, Runner(entry.prepared, device, homes, traced.receivers), device)
+        traced.forget_created()  # before other variants of the step are traced
+        del traced
+        if self.fit == "recompute" and options is None and refused.limit_bytes is not None:
+            choice = choose_recomputation(made, refused.limit_bytes, refused.needed)
+            if choice is not None and choice.fits:
+                self.report(describe(self.name, choice, refused.limit_bytes))
+                return self._compile(arguments, leaves, replace(self.options, recompute=choice.layers))
+        raise refused.error(remedies)
 
     def _replan(self, arguments: Any, leaves: Sequence[Any], device: Device) -> Callable[[list[tuple[int, ...]]], Plan]:
         specs = [_argument_spec(leaf)[0] for leaf in leaves]
@@ -187,7 +257,7 @@ class CompiledStep:
         def replan(shapes: list[tuple[int, ...]]) -> Plan:
             others = [Spec(shape, one.dtype) for shape, one in zip(shapes, specs, strict=True)]
             args, kwargs = rebuild(shell, is_argument, others)
-            return self.plan(*args, **kwargs)
+            return self._plan(args, kwargs, False)
 
         return replan
 
@@ -205,18 +275,17 @@ class CompiledStep:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for arguments like these (tensors, arrays, or ``brim.spec``); nothing is run or allocated."""
+        return self._plan(args, kwargs, True)
+
+    def _plan(self, args: Any, kwargs: Any, check: bool) -> Plan:
         leaves, _ = take_apart((args, kwargs), is_argument)
         device = self._target(leaves)
         traced, on_meta = trace_step(self.fn, (args, kwargs), [_argument_spec(leaf) for leaf in leaves], device)
         try:
-            prepared = prepare(traced.program, device.backend, self._passes(device))
-            entry = planned(self.name, traced, prepared, on_meta)
+            entry = self._entry(traced, on_meta, device, self.options, check)
         finally:
             traced.forget_created()
-        return Plan(
-            [entry], device.name, self.name, self.budget, self._replan((args, kwargs), leaves, device),
-            [tuple(leaf.shape) for leaf in leaves],
-        )  # fmt: skip
+        return self._plan_of(entry, (args, kwargs), leaves, device, self.options)
 
     def program(self) -> Program:
         """The program of the latest version, after all passes; ``print`` shows one line an instruction."""
@@ -261,6 +330,9 @@ def compile(
     passes: Sequence[Pass] | None = None,
     device: Any = None,
     copy: bool = True,
+    recompute: Sequence[str] = (),
+    activations: str | None = None,
+    fit: str | None = None,
 ) -> CompiledStep:
     """A planned version of a step: traced once for each kind of arguments, then replayed.
 
@@ -274,8 +346,21 @@ def compile(
         passes: functions from Program to Program to run instead of the usual ones (``brim.program.passes``).
         device: where it runs; by default where its tensor arguments are.
         copy: hand out copies of the results; False hands out tensors that last until the next run.
+        recompute: layers, by their dotted paths, whose activations are not kept for the backward pass but computed
+            again ("stage1.block0"; "stage1.0..3" takes four layers as one block). Results are the same to the last bit.
+        activations: "bfloat16" keeps what the backward pass needs in half the memory; gradients are then less precise.
+        fit: "recompute" chooses layers to recompute when the step does not fit, prints them, and runs; None refuses.
     """
-    return CompiledStep(fn, budget=budget, passes=passes, device=device, copy=copy)
+    return CompiledStep(
+        fn,
+        budget=budget,
+        passes=passes,
+        device=device,
+        copy=copy,
+        recompute=recompute,
+        activations=activations,
+        fit=fit,
+    )
 
 
 def plan(

@@ -111,7 +111,9 @@ def _verdict(document: Mapping[str, Any]) -> tuple[str, str]:
 
     degree = {"bound": "at most ", "estimated": "about "}.get(document["exactness"].get("peak", "exact"), "")
     what = document["what"]
-    start = f"{html.escape(what[:1].upper() + what[1:])} needs {degree}{text(peak_bytes)}"
+    if re.match(r"[a-z]+( |$)", what):  # words, not the name of a function
+        what = what[0].upper() + what[1:]
+    start = f"{html.escape(what)} needs {degree}{text(peak_bytes)}"
     if budget_bytes is None:
         return f"{start}, no budget given", "unlimited"
     if peak_bytes <= budget_bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -20,14 +20,38 @@ from brim.memory.budget import BudgetLike, parse_budget
 from brim.memory.host import read_host_memory
 from brim.memory.pool import round_up
 from brim.memory.report import KINDS
+from brim.program.batch import batch_of, largest_batch, with_batch
 from brim.program.compare import PlanDifference, compare
 from brim.program.document import document
 from brim.program.html import to_html
-from brim.program.ir import Value
+from brim.program.ir import Program, Value
 from brim.program.lower import Prepared
 from brim.units import format_bytes
 
-__all__ = ["AliveBlock", "Plan", "PlannedProgram", "Resident"]
+__all__ = [
+    "AliveBlock",
+    "Options",
+    "Plan",
+    "PlannedProgram",
+    "Resident",
+    "batch_of",
+    "largest_batch",
+    "residents_of",
+    "with_batch",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a step trades arithmetic or precision for memory.
+
+    Attributes:
+        recompute: layers whose activations are made again in the backward pass: see ``passes/recompute.py``.
+        activations: "bfloat16" keeps activations in half: see ``passes/half_activations.py``; None keeps them as is.
+    """
+
+    recompute: tuple[str, ...] = ()
+    activations: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +99,16 @@ class PlannedProgram:
         prepared: the program with its places.
         residents: memory outside the arena that it needs.
         n_results: how many of the program's results are handed out as copies.
+        traced: the program before any pass, where it is to be planned with other options.
+        lower: prepares a traced program with options.
     """
 
     name: str
     prepared: Prepared
     residents: list[Resident]
     n_results: int
+    traced: Program | None = None
+    lower: Callable[[Program, Options], Prepared] | None = None
     kinds: dict[Value, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +128,12 @@ class PlannedProgram:
     @property
     def arena_bytes(self) -> int:
         return self.prepared.memory.arena_bytes
+
+    def vary(self, options: Options) -> PlannedProgram:
+        """The same step planned with other options; itself where that is impossible."""
+        if self.lower is None or self.traced is None:
+            return self
+        return replace(self, prepared=self.lower(self.traced, options))
 
     @cached_property
     def results_bytes(self) -> int:
@@ -126,7 +160,7 @@ class PlannedProgram:
                         first,
                         last,
                         what.where,
-                    )  # fmt: skip
+                    )
                 )
             else:
                 one = program.instructions[at]
@@ -159,6 +193,9 @@ class Plan:
         estimated: True when the device was described by a profile.
         overhead_bytes: what the process holds on the device besides: libraries, context.
         profile: name of the profile that describes the device, if one was used.
+        options: what the programs were planned with.
+        alternatives: (text, plan maker) of further ways to need less, offered when this plan does not fit: the text
+            says what to do ("2 micro-batches of 32"), the maker plans it.
     """
 
     def __init__(
@@ -172,10 +209,32 @@ class Plan:
         estimated: bool = False,
         overhead_bytes: int = 0,
         profile: str | None = None,
+        options: Options = Options(),
+        alternatives: Sequence[tuple[str, Callable[[], Plan]]] = (),
     ) -> None:
         self.programs, self.device, self.what, self.budget = list(programs), device, what, budget
         self.replan, self.input_shapes = replan, list(input_shapes)
         self.estimated, self.overhead_bytes, self.profile = estimated, overhead_bytes, profile
+        self.options, self.alternatives = options, list(alternatives)
+
+    def vary(self, options: Options) -> Plan:
+        """The same step planned with other options."""
+        return self.with_programs([program.vary(options) for program in self.programs], options)
+
+    def with_programs(self, programs: Sequence[PlannedProgram], options: Options) -> Plan:
+        """The same plan of other programs."""
+        return Plan(
+            programs,
+            self.device,
+            self.what,
+            self.budget,
+            self.replan,
+            self.input_shapes,
+            self.estimated,
+            self.overhead_bytes,
+            self.profile,
+            options,
+        )
 
     @property
     def exactness(self) -> dict[str, str]:
@@ -336,65 +395,6 @@ def _written(path: str | Path | None, text: str) -> str:
         with atomic_write(path) as file:
             file.write(text.encode())
     return text
-
-
-def batch_of(shapes: Sequence[tuple[int, ...]]) -> int:
-    """The size of the first axis that the inputs share: the batch.
-
-    Raises:
-        ValueError: there are no inputs, one has no axes, or they differ.
-    """
-    sizes = {shape[0] if shape else None for shape in shapes}
-    if len(sizes) != 1 or None in sizes:
-        raise ValueError(
-            f"the inputs of the step have shapes {list(shapes)}: they share no first axis that could be the batch"
-        )
-    return int(next(iter(sizes)))  # type: ignore[arg-type]
-
-
-def with_batch(plan: Plan, batch: int) -> Plan:
-    """The plan for another batch."""
-    batch_of(plan.input_shapes)
-    if plan.replan is None:
-        raise ValueError("this plan cannot be made for another batch")
-    return plan.replan([(batch, *shape[1:]) for shape in plan.input_shapes])
-
-
-def largest_batch(plan: Plan, limit_bytes: int) -> int:
-    """See ``Plan.largest_batch``. The search follows the nearly straight line of peak over batch, then brackets."""
-    batch = batch_of(plan.input_shapes)
-    known: dict[int, int] = {batch: plan.peak_bytes}
-
-    def peak(b: int) -> int:
-        if b not in known:
-            known[b] = with_batch(plan, b).peak_bytes
-        return known[b]
-
-    if peak(1) > limit_bytes:
-        return 0
-    low, high = 1, None  # low fits; high does not
-    guess = batch if batch > 1 else 2
-    while True:
-        if peak(guess) <= limit_bytes:
-            low = max(low, guess)
-        else:
-            high = guess if high is None else min(high, guess)
-        if high is not None and high - low <= 1:
-            return low
-        slope = (peak(low) - peak(1)) / (low - 1) if low > 1 else 0.0
-        if high is not None:
-            slope = (peak(high) - peak(low)) / (high - low)
-            guess = low + int((limit_bytes - peak(low)) / slope) if slope > 0 else (low + high) // 2
-            guess = min(max(guess, low + 1), high - 1)
-            # A guess next to a known end tells little more than that end: halve instead, now and then.
-            if len(known) % 4 == 0:
-                guess = (low + high) // 2
-        elif slope > 0:
-            guess = max(low + 1, min(low * 8, low + int((limit_bytes - peak(low)) / slope) + 1))
-        else:
-            guess = low * 8
-        if guess > 2**40:
-            return low
 
 
 def residents_of(refs: Sequence[tuple[Any, Value, bool]], alignment_bytes: int) -> list[Resident]:

@@ -24,12 +24,14 @@ from brim.device import Device
 from brim.eager import Eager, check_out
 from brim.errors import DeviceError, TraceError
 from brim.memory.ledger import user_site
-from brim.op import Op
+from brim.op import REGISTRY, Op
 from brim.program.ir import STORE, HostScalar, Instruction, Program, Ref, Value
-from brim.program.traced import Hole, TraceBlock, TracedStep
+from brim.program.traced import Hole, ModuleForm, TraceBlock, TracedStep
 from brim.program.tree import rebuild, take_apart
 from brim.spec import Spec, as_dtype
 from brim.tensor import Tensor
+
+_COPY = REGISTRY["copy"]
 
 __all__ = ["MetaState", "TracedStep", "trace"]
 
@@ -74,7 +76,8 @@ class Tracer(Eager):
         self.reads: list[HostScalar] = []
         self.receivers: list[tuple[Tensor, Callable[[Any], None]]] = []
         self.baked_values: list[tuple[Callable[[], Any], Any]] = []
-        self.modules: dict[int, tuple[Any, bool, dict[str, dict[str, Any]]]] = {}
+        self.modules: dict[int, ModuleForm] = {}
+        self._flags: dict[int, tuple[Tensor, bool]] = {}
         self.created: list[tuple[Value, Tensor, float, Callable[[], Any]]] = []
         self.created_keys: list[Any] = []
         self._named: set[int] = set()
@@ -131,6 +134,8 @@ class Tracer(Eager):
                     f"{op.name} got a tensor on {arg.device} in a step that is traced for {self.target}{_at()}; move "
                     "it there before the step, or pass it as an argument"
                 )
+            if isinstance(arg, Tensor) and arg._node is None:
+                self.note_flag(arg)
         return super().apply(op, args, params, out)
 
     def infer(self, op: Op, ins: Sequence[Any], params: dict[str, Any]) -> tuple[Spec, ...]:
@@ -240,8 +245,12 @@ class Tracer(Eager):
             if id(module) not in self._named:
                 self._named.update(id(one) for one in module.modules())
                 _name_layers(module)
-            kept = {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers")}
-            self.modules[id(module)] = (module, module.training, kept)
+            self.modules[id(module)] = ModuleForm(module)
+
+    def note_flag(self, tensor: Tensor) -> None:
+        """Remember whether a tensor requires gradients, before the step changes or uses that."""
+        if type(tensor._block) is not TraceBlock:
+            self._flags.setdefault(id(tensor), (tensor, tensor._requires_grad))
 
     def note_gradient(self, tensor: Tensor, event: str | None) -> None:
         """Remember a tensor's ``.grad`` before the step changes it, and whether the step depends on what it was."""
@@ -286,6 +295,13 @@ class Tracer(Eager):
             if block.current is not value:
                 written.append(_State(block, tensor, value, block.current))
         for state in written:
+            if state.current.origin != "temp":  # another state's value, which that state's own store may overwrite
+                source = state.current
+                state.current = Value(source.spec, op="copy", layer=source.layer, site=source.site)
+                self.instructions.append(
+                    Instruction(_COPY, (Ref.of(source),), (state.current,), {}, source.layer, source.site, "update")
+                )
+        for state in written:
             store = (Ref.of(state.initial), Ref(state.current, state.initial.spec))
             self.instructions.append(
                 Instruction(STORE, store, (), {}, state.initial.layer, state.initial.site, "update")
@@ -312,7 +328,8 @@ class Tracer(Eager):
             leaves,
             guards,
             self.baked_values,
-            [(module, training) for module, training, _ in self.modules.values()],
+            list(self.modules.values()),
+            list(self._flags.values()),
             self.created_keys,
         )
         self.receivers.clear()
@@ -330,7 +347,7 @@ class Tracer(Eager):
                 after.append((leaf.tensor, None))
                 leaf.tensor._grad = leaf.entry
                 continue
-            value = self._ref(final).value
+            value = self._own_value(final)
             home = leaf.entry
             if home is None or home.spec != Spec(leaf.tensor.shape, leaf.tensor.dtype):
                 home = self.new_state(leaf.tensor, 0.0, "grads", lambda: None)
@@ -343,11 +360,22 @@ class Tracer(Eager):
             leaf.tensor._grad = leaf.entry
         return after, guards
 
+    def _own_value(self, tensor: Tensor) -> Value:
+        """The value that is exactly this tensor, row-major; a copy of it where the tensor is part of a larger one."""
+        ref = self._ref(tensor)
+        if ref.offset == 0 and tensor.spec.contiguous and tensor.spec.size == ref.value.spec.size:
+            return ref.value
+        with set_grad_enabled(False):
+            return self._ref(tensor.copy()).value
+
     def _finish_modules(self) -> None:
         """A buffer that the step bound to a new tensor becomes a write into the old one."""
-        for module, _, kept in self.modules.values():
-            for registry, before in kept.items():
-                now = module.__dict__[registry]
+        bound: list[tuple[Tensor, Value]] = []  # all are read before one is written: two may have changed places
+        for form in self.modules.values():
+            module = form.module
+            form.settle()
+            for registry in ("_parameters", "_buffers"):
+                before, now = form.registries[registry], module.__dict__[registry]
                 for name, old in before.items():
                     new = now.get(name)
                     if new is old:
@@ -363,8 +391,10 @@ class Tracer(Eager):
                     if new.dtype != old.dtype:
                         now[name] = old
                         raise TraceError(f"{where} is {old.dtype} and is bound to a {new.dtype} tensor in the step")
-                    self._assign(old, self._ref(new if new.spec.contiguous else new.copy()).value)
+                    bound.append((old, self._own_value(new)))
                     now[name] = old
+        for tensor, value in bound:
+            self._assign(tensor, value)
 
     def find_leaks(self) -> None:
         """Raise TraceError when tensors of the trace are still referenced by the user's objects."""
@@ -432,9 +462,9 @@ def trace(
     except BaseException as error:
         for leaf in tracer._leaves.values():
             leaf.tensor._grad = leaf.entry
-        for module, _, kept in tracer.modules.values():
-            for registry, values in kept.items():
-                module.__dict__[registry].update(values)
+        for form in tracer.modules.values():
+            for registry in ("_parameters", "_buffers"):
+                form.module.__dict__[registry].update(form.registries[registry])
         for _, _, _, forget in tracer.created:
             forget()
         if isinstance(error, DeviceError) and "meta" in str(error):

@@ -13,7 +13,7 @@ from brim.program.ir import Program, Value
 from brim.spec import Spec
 from brim.tensor import Tensor
 
-__all__ = ["Hole", "TraceBlock", "TracedStep", "is_hole"]
+__all__ = ["Hole", "ModuleForm", "TraceBlock", "TracedStep", "is_hole"]
 
 
 class TraceBlock:
@@ -51,6 +51,42 @@ class TraceBlock:
         )
 
 
+class ModuleForm:
+    """What a module was when a step was traced: its mode, its tensors and layers, its plain settings.
+
+    Arguments:
+        module: an ``nn.Module``, before the step calls it.
+    """
+
+    REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.training = module, module.training
+        self.registries = {name: dict(module.__dict__[name]) for name in self.REGISTRIES}
+        self.settings: dict[str, Any] = {}
+
+    def settle(self) -> None:
+        """Note the settings as the trace leaves them: what the step itself counts in them is no reason to trace again."""
+        self.settings = {name: value for name, value in self.module.__dict__.items() if type(value) in _PLAIN}
+
+    def change(self) -> str:
+        """What is different now, or an empty string."""
+        module, kind = self.module, type(self.module).__name__
+        if module.training is not self.training:
+            return f"{kind} changed to {'training' if module.training else 'evaluation'} mode"
+        for registry, before in self.registries.items():
+            now = module.__dict__[registry]
+            if len(now) != len(before) or any(now.get(name) is not value for name, value in before.items()):
+                return f"{kind} has other {registry[1:]} than when the step was traced"
+        for name, value in self.settings.items():
+            if module.__dict__.get(name) != value:
+                return f"{kind}.{name} changed from {value!r} to {module.__dict__.get(name)!r}"
+        return ""
+
+
+_PLAIN = frozenset((bool, int, float, str, type(None), tuple))
+
+
 @dataclass(eq=False, slots=True)
 class TracedStep:
     """A traced step: the program, and what has to be done around each run of it.
@@ -65,7 +101,8 @@ class TracedStep:
         leaves: gradients: (tensor, the tensor that ``.grad`` is set to after each run or None).
         grad_guards: (tensor, ``.grad`` that it must have before a run).
         baked: (read, value it had): another value needs another trace.
-        modules: (module, training flag it had).
+        modules: what the modules that it called were like.
+        flags: (tensor, whether it required gradients when the step began).
         created_keys: names of the created states that are the same in another trace of the same model.
     """
 
@@ -78,8 +115,19 @@ class TracedStep:
     leaves: list[tuple[Tensor, Tensor | None]]
     grad_guards: list[tuple[Tensor, Tensor | None]]
     baked: list[tuple[Callable[[], Any], Any]]
-    modules: list[tuple[Any, bool]]
+    modules: list[ModuleForm]
+    flags: list[tuple[Tensor, bool]]
     created_keys: list[Any]
+
+    def change(self) -> str:
+        """How the modules and tensors differ from what was traced, or an empty string; ``context.modes`` says when to ask."""
+        for form in self.modules:
+            if found := form.change():
+                return found
+        for tensor, required in self.flags:
+            if tensor._requires_grad is not required:
+                return f"a tensor of shape {tensor.shape} {'no longer requires' if required else 'requires'} gradients"
+        return ""
 
     def forget_created(self) -> None:
         """Undo the creation of states (the step was refused, or only planned)."""

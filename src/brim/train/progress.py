@@ -47,6 +47,10 @@ class Progress:
             self._live = Live(Text(""), refresh_per_second=10, transient=True)
             self._live.start()
 
+    def begin(self) -> None:
+        """The first step starts now: what came before is no part of the rate."""
+        self._start_s = self._shown_s = time.perf_counter()
+
     def step(self, epoch: int, position: int, samples: int, values: Mapping[str, float]) -> None:
         """After a step: ``position`` samples of the epoch are done, ``samples`` of them in this step."""
         self._seen += samples

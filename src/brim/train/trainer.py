@@ -1,18 +1,20 @@
-"""Trainer: fit, evaluate and predict with a model; saves what a killed run needs to continue bit for bit."""
+"""Trainer: fit, evaluate and predict with a model; saves what a killed run needs to continue bit for bit.
+
+Its steps (``steps.py``) are planned before the first one and then replayed (``planning.py``).
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from brim import random
-from brim.autograd import no_grad
 from brim.data import DataLoader
 from brim.device import device as find_device
 from brim.errors import CheckpointError
@@ -21,14 +23,20 @@ from brim.memory.budget import BudgetLike
 from brim.memory.guard import give_back_on_refusal
 from brim.memory.host import SwapWatch
 from brim.nn import CrossEntropyLoss, Module
-from brim.optim import Optimizer, ReduceLROnPlateau, clip_grad_norm_
+from brim.optim import Optimizer, ReduceLROnPlateau
+from brim.program.plan import Plan
+from brim.spec import Spec
 from brim.tensor import Tensor, asarray
+from brim.train.batches import batches_of_loader, infer_batch, training_batches
 from brim.train.callbacks import Callback, improved
 from brim.train.diagnose import first_non_finite
 from brim.train.interrupt import on_interrupt
 from brim.train.metrics import Averages, Metric, find_metrics
+from brim.train.planning import EagerSteps, PlannedSteps, evaluating, largest_batch_quickly, real_device
 from brim.train.progress import Progress
 from brim.train.run_folder import RunFolder
+from brim.train.steps import LossNotFinite, Steps
+from brim.units import format_bytes
 
 __all__ = ["Trainer"]
 
@@ -54,12 +62,21 @@ class Trainer:
         progress: print progress.
         on_swap: "error", "warn" or "off": what to do when more than 16 MiB of this process move to swap between two
             steps. The default stops: a run that swaps goes on many times slower.
+        compile: plan each step before the first and replay it; False runs every operation by itself, for debugging
+            and for models that cannot be traced. Both give the same numbers.
+        fit: what to do when a step does not fit the budget: None refuses; "recompute" keeps fewer activations and
+            computes them again in the backward pass, with the same numbers; "microbatch" splits each batch into as
+            few parts as fit and adds their gradients, the same up to rounding (losses that are a mean or a sum over
+            samples; batch norm normalises each part by itself).
+        recompute: names of layers whose activations are computed again in the backward pass in any case.
+        activations: dtype in which activations are kept for the backward pass, such as "bfloat16"; None as computed.
 
     Attributes:
         history: one dict per epoch: epoch, step, lr, loss, metrics, and with ``val_`` those of the validation.
         epoch, step: epochs and optimizer steps done.
         stopped: why the training ended early, or an empty string.
         interrupted: whether Ctrl-C ended it.
+        planned: the plan of the latest ``fit``; None with ``compile=False``.
     """
 
     def __init__(
@@ -77,9 +94,15 @@ class Trainer:
         device: Any = None,
         progress: bool = True,
         on_swap: Literal["error", "warn", "off"] = "error",
+        compile: bool = True,
+        fit: Literal["recompute", "microbatch"] | None = None,
+        recompute: Iterable[str] = (),
+        activations: Any = None,
     ) -> None:
         if accumulate < 1:
             raise ValueError(f"accumulate: expected 1 or more batches, got {accumulate!r}")
+        if fit not in (None, "recompute", "microbatch"):
+            raise ValueError(f"fit: expected 'recompute', 'microbatch' or None, got {fit!r}")
         self.model = model if device is None else model.to(device)
         self.optimizer, self.schedule = optimizer, schedule
         self.loss = CrossEntropyLoss() if loss is None else loss
@@ -96,6 +119,71 @@ class Trainer:
         self._averages = Averages()
         self._best: float | None = None
         self._loader_state: dict[str, Any] | None = None
+        self.planned: Plan | None = None
+        self._fit = fit
+        self.steps = Steps(model, self.loss, optimizer, clip_norm, accumulate, bool(self.metrics))
+        options = {"recompute": tuple(recompute), "activations": activations}
+        if not compile and (fit or any(options.values())):
+            raise ValueError("fit, recompute and activations are for planned steps; leave compile=False out")
+        self._run: EagerSteps | PlannedSteps = (
+            PlannedSteps(self.steps, real_device(self.device), **options)
+            if compile
+            else EagerSteps(self.steps, self.device)
+        )
+
+    # ---------------------------------------------------------------- planning
+
+    def plan(
+        self,
+        batch_size: int | None = None,
+        data: Any = None,
+        inputs: Spec | None = None,
+        targets: Spec | None = None,
+        evaluation: bool = True,
+    ) -> Plan:
+        """What training will need, before anything is allocated or run; works for a model on the meta device too.
+
+        Without ``data`` and ``inputs`` the shapes are inferred: inputs from the model's first layer (Linear,
+        BatchNorm1d, LayerNorm) or its method ``example_batch(batch_size)``, targets from the loss.
+
+        Arguments:
+            batch_size: samples in a batch.
+            data: a dataset of (inputs, targets) or a DataLoader: also plans the smaller last batch of an epoch.
+            inputs, targets: ``brim.spec(shape, dtype)`` with the batch as the first axis.
+            evaluation: also plan the evaluation of such batches.
+
+        Raises:
+            ValueError: the shapes cannot be inferred; the message says what to pass.
+            TraceError: a step cannot be planned.
+        """
+        run = self._run
+        if not isinstance(run, PlannedSteps):
+            raise ValueError("plan() needs planned steps: leave compile=False out")
+        if data is not None:
+            loader = data if isinstance(data, DataLoader) else self._loader(data, batch_size or 64, shuffle=True)
+            batches, count = batches_of_loader(loader, batch_size), len(loader)
+        else:
+            batches = [infer_batch(self.model, self.loss, batch_size, inputs, targets, run.output_spec)]
+            count = self.accumulate
+        return run.plan(training_batches(batches, count, self.accumulate), batches if evaluation else ())
+
+    def _admit(self, loader: DataLoader, validation: Any, progress: Progress) -> None:
+        """Plan all that ``fit`` will run, hold it against the budget, say what it comes to."""
+        run = self._run
+        if not isinstance(run, PlannedSteps):
+            return
+        train = training_batches(batches_of_loader(loader), len(loader), self.accumulate)
+        held_out = () if validation is None else batches_of_loader(self._loader(validation, loader.batch_size, False))
+        plan = self.planned = run.admit(train, held_out, self._fit, progress.message)
+        limit_bytes = self.device.memory.limit_bytes
+        line = f"planned: peak {format_bytes(plan.peak_bytes)}"
+        if limit_bytes is None:
+            progress.message(f"{line}, no budget")
+            return
+        line += f" of {format_bytes(limit_bytes)}"
+        if self.progress and (most := largest_batch_quickly(plan, self.device, limit_bytes)) is not None:
+            line += f"; batch {most:,} would be the largest"
+        progress.message(line)
 
     # ---------------------------------------------------------------- training
 
@@ -148,6 +236,8 @@ class Trainer:
         with self._limited(), on_interrupt(self._ask_to_stop):
             progress = Progress(goal, loader.num_samples, self._memory, self.progress, log)
             try:
+                self._admit(loader, validation, progress)
+                progress.begin()
                 for callback in self.callbacks:
                     callback.on_fit_begin(self)
                 while self.epoch < goal and not self.stopped:
@@ -175,15 +265,14 @@ class Trainer:
     ) -> None:
         start_s, batches = time.perf_counter(), len(loader)
         self.model.train()
-        for inputs, targets in loader:
+        for inputs, targets in loader.arrays():
             position = loader.position
             with give_back_on_refusal():
                 begun = (position - 1) // self.accumulate * self.accumulate
-                share = min(self.accumulate, batches - begun)
-                loss = self._batch(inputs, targets, 1.0 / share)
+                self.steps.share = 1.0 / min(self.accumulate, batches - begun)
                 stepped = position % self.accumulate == 0 or position == batches
-                if stepped:
-                    self._update()
+                loss = self._batch(inputs, targets, position == begun + 1, stepped)
+                self.step += stepped
             progress.step(self.epoch, position * loader.batch_size, len(targets), self._averages.means())
             if not stepped:
                 continue
@@ -236,31 +325,28 @@ class Trainer:
                 self._checkpoint(folder, "best", loader, 1)
             self._checkpoint(folder, "last", loader, 2)
 
-    def _batch(self, inputs: Any, targets: Any, share: float) -> float:
-        outputs = self.model(inputs)
-        loss = self.loss(outputs, targets)
-        value = float(loss.item())
-        if not math.isfinite(value):
-            where = first_non_finite(self.model, inputs)
-            raise FloatingPointError(
-                f"the loss is {value} at step {self.step + 1}: {where}; lower the learning rate, or set clip_norm"
-            )
+    def _batch(self, inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], first: bool, last: bool) -> float:
+        try:
+            outputs = self._run.train(inputs, targets, first, last)
+        except LossNotFinite:
+            raise self._not_finite(inputs) from None
+        value = self.steps.loss_value
         self._averages.add(len(targets), {"loss": value, **self._measure(outputs, targets)})
-        (loss if share == 1.0 else loss * share).backward()
         return value
 
-    def _measure(self, outputs: Any, targets: Any) -> dict[str, float]:
+    def _not_finite(self, inputs: np.ndarray[Any, Any]) -> FloatingPointError:
+        self.device.memory.arena.release()  # to run the layers one by one
+        where = first_non_finite(self.model, asarray(inputs, device=self.device))
+        return FloatingPointError(
+            f"the loss is {self.steps.loss_value} at step {self.step + 1}: {where}; lower the learning rate, or set "
+            "clip_norm"
+        )
+
+    def _measure(self, outputs: Any, targets: np.ndarray[Any, Any]) -> dict[str, float]:
         if not self.metrics:
             return {}
-        host, wanted = outputs.detach().numpy(), targets.numpy()
-        return {name: float(metric(host, wanted)) for name, metric in self.metrics.items()}
-
-    def _update(self) -> None:
-        if self.clip_norm is not None:
-            clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
+        host = outputs.detach().numpy()
+        return {name: float(metric(host, targets)) for name, metric in self.metrics.items()}
 
     # ---------------------------------------------------------------- using the model
 
@@ -271,39 +357,28 @@ class Trainer:
 
     def _evaluate(self, dataset: Any, batch_size: int) -> dict[str, float]:
         averages = Averages()
-        with self._evaluating(), give_back_on_refusal():
-            for inputs, targets in self._loader(dataset, batch_size, shuffle=False):
-                outputs = self.model(inputs)
-                loss = float(self.loss(outputs, targets).item())
-                averages.add(len(targets), {"loss": loss, **self._measure(outputs, targets)})
+        with evaluating(self.model), give_back_on_refusal():
+            for inputs, targets in self._loader(dataset, batch_size, shuffle=False).arrays():
+                outputs = self._run.evaluate(inputs, targets)
+                averages.add(len(targets), {"loss": self.steps.loss_value, **self._measure(outputs, targets)})
         return averages.means()
 
     def predict(self, inputs: Any, batch_size: int = 256) -> np.ndarray[Any, Any]:
         """The model's outputs for an array of inputs (N, ...) or a dataset, in evaluation mode, as one array."""
         outputs = []
-        with self._limited(), self._evaluating(), give_back_on_refusal():
+        with self._limited(), evaluating(self.model), give_back_on_refusal():
             if isinstance(inputs, Tensor):
-                inputs = inputs.numpy()
+                inputs = inputs.detach().numpy()
             if isinstance(inputs, np.ndarray):
                 starts = range(0, len(inputs), batch_size)
-                batches: Iterable[Any] = (asarray(inputs[i : i + batch_size], device=self.device) for i in starts)
+                batches: Iterable[Any] = (inputs[i : i + batch_size] for i in starts)
             else:
-                batches = (batch[0] for batch in self._loader(inputs, batch_size, shuffle=False))
+                batches = (batch[0] for batch in self._loader(inputs, batch_size, shuffle=False).arrays())
             for batch in batches:
-                outputs.append(np.array(self.model(batch).detach().numpy()))
+                outputs.append(np.array(self._run.predict(batch).detach().numpy()))
         if not outputs:
             raise ValueError("predict: there are no inputs")
         return np.concatenate(outputs)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        before = self.model.training
-        self.model.eval()
-        try:
-            with no_grad():
-                yield
-        finally:
-            self.model.train(before)
 
     def _loader(self, dataset: Any, batch_size: int, shuffle: bool) -> DataLoader:
         if isinstance(dataset, DataLoader):
@@ -387,6 +462,8 @@ class Trainer:
             "clip_norm": self.clip_norm,
             "accumulate": self.accumulate,
             "metrics": list(self.metrics),
+            "compile": isinstance(self._run, PlannedSteps),
+            "fit": self._fit,
             "optimizer": {"name": type(self.optimizer).__name__, "groups": settings},
             "schedule": None if self.schedule is None else type(self.schedule).__name__,
             "loss": repr(self.loss),
@@ -404,5 +481,8 @@ class Trainer:
             "peak_bytes": stats["peak_bytes"],
             "peak_by_kind": stats["peak_by_kind"],
             "limit_bytes": stats["limit_bytes"],
+            "planned_peak_bytes": None if self.planned is None else self.planned.peak_bytes,
+            "planned_by_kind": None if self.planned is None else self.planned.by_kind(),
+            "plan_hash": None if self.planned is None else self.planned.hash,
             "training_s": self.elapsed_s,
         }

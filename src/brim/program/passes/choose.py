@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from brim.program.ir import Program
 from brim.program.passes.liveness import live_bytes
-from brim.program.passes.recompute import blocks, extra_arithmetic, recompute
+from brim.program.passes.recompute import blocks, extra_arithmetic, matcher, recompute, shortened
 
 __all__ = ["Choice", "choose"]
 
@@ -40,7 +40,13 @@ class Choice:
     complete: bool
 
 
-def choose(program: Program, peak: Callable[[Program], int], limit_bytes: int, time_s: float = 10.0) -> Choice:
+def choose(
+    program: Program,
+    peak: Callable[[Program], int],
+    limit_bytes: int,
+    time_s: float = 10.0,
+    before_bytes: int | None = None,
+) -> Choice:
     """Blocks to recompute so that the planned peak is within a limit, at little extra arithmetic.
 
     When nothing suffices, the lowest peak that was found, which is never above that of recomputing every block of any
@@ -51,8 +57,9 @@ def choose(program: Program, peak: Callable[[Program], int], limit_bytes: int, t
         peak: the planned peak of a program in bytes, after all passes and placement.
         limit_bytes: what it has to be within; equality fits.
         time_s: no further candidate is planned after this many seconds.
+        before_bytes: the peak of the program as it is, where it is known.
     """
-    return _Search(program, peak, limit_bytes, time_s).run()
+    return _Search(program, peak, limit_bytes, time_s).run(before_bytes)
 
 
 class _Search:
@@ -61,6 +68,7 @@ class _Search:
         self.deadline_s = time.monotonic() + time_s
         self.complete = True
         self.known: dict[tuple[str, ...], Choice] = {}
+        self.programs: dict[tuple[str, ...], Program] = {}
         self.estimates: dict[tuple[str, ...], int] = {}
 
     def late(self) -> bool:
@@ -69,23 +77,31 @@ class _Search:
         self.complete = False
         return True
 
+    def program_of(self, layers: Sequence[str]) -> Program:
+        key = tuple(layers)
+        if key not in self.programs:
+            self.programs[key] = recompute(self.program, key)
+        return self.programs[key]
+
     def planned(self, layers: Sequence[str]) -> Choice:
         """The choice of exactly these layers."""
         key = tuple(layers)
         if key not in self.known:
-            made = recompute(self.program, key)
+            made = self.program_of(key)
             nbytes = self.peak(made)
-            extra = extra_arithmetic(self.program, made)
-            self.known[key] = Choice(key, made, nbytes, extra, nbytes <= self.limit_bytes, True)
+            self.known[key] = Choice(key, made, nbytes, self.cost(key), nbytes <= self.limit_bytes, True)
         return self.known[key]
 
     def estimate(self, layers: Sequence[str]) -> int:
         key = tuple(layers)
         if key not in self.estimates:
-            self.estimates[key] = max(live_bytes(recompute(self.program, key)))
+            self.estimates[key] = max(live_bytes(self.program_of(key)))
         return self.estimates[key]
 
-    def run(self) -> Choice:
+    def run(self, before_bytes: int | None) -> Choice:
+        if before_bytes is not None:
+            fits = before_bytes <= self.limit_bytes
+            self.known[()] = Choice((), self.program, before_bytes, 0.0, fits, True)
         none = self.planned(())
         families = [] if none.fits else self.families()
         # What the estimate leaves out (states, scratch, holes) hardly depends on what is recomputed.
@@ -105,16 +121,27 @@ class _Search:
             for family in sorted(families, key=self.estimate):
                 if self.late():
                     break
-                found.append(self.planned(family))
+                if self.estimate(family) + offset_bytes <= 1.1 * min(one.peak_bytes for one in found):
+                    found.append(self.planned(family))
         fitting = [one for one in found if one.fits]
         best = min(fitting, key=lambda one: (one.extra_arithmetic, one.peak_bytes)) if fitting else None
         if best is None:
             best = min(found, key=lambda one: (one.peak_bytes, one.extra_arithmetic))
-        best = self.pruned(best)
-        return Choice(best.layers, best.program, best.peak_bytes, best.extra_arithmetic, best.fits, self.complete)
+        best = self.pruned(best, self.limit_bytes - offset_bytes)
+        return replace(best, layers=self.in_order(best.layers), complete=self.complete)
+
+    def in_order(self, layers: tuple[str, ...]) -> tuple[str, ...]:
+        """Layers as the step runs them, as briefly as they can be named; the program is the same."""
+        found: dict[str, int] = {}
+        for n, instruction in enumerate(self.program.instructions):
+            for name in layers:
+                if name not in found and instruction.layer and matcher(name)(instruction.layer):
+                    found[name] = n
+        known = dict.fromkeys(i.layer for i in self.program.instructions if i.phase == "forward" and i.layer)
+        return shortened(sorted(layers, key=lambda name: found.get(name, -1)), known)
 
     def cost(self, layers: tuple[str, ...]) -> float:
-        return extra_arithmetic(self.program, recompute(self.program, layers))
+        return extra_arithmetic(self.program, self.program_of(layers))
 
     def families(self) -> list[tuple[str, ...]]:
         """Sets of blocks, of each the one first that saves most bytes for its arithmetic."""
@@ -144,7 +171,7 @@ class _Search:
         return list(dict.fromkeys(family for family in found if family))
 
     def shortest(self, family: tuple[str, ...], limit_bytes: int) -> tuple[str, ...]:
-        """As many of a family's blocks, from the first on, as bring the estimate within a limit; none if not even all."""
+        """As few of a family's first blocks as bring the estimate within a limit; none if not even all do."""
         if self.estimate(family) > limit_bytes or self.late():
             return ()
         low, high = 0, len(family)  # low of them do not suffice, high do
@@ -156,14 +183,16 @@ class _Search:
                 low = middle
         return family[:high]
 
-    def pruned(self, best: Choice) -> Choice:
-        """Without blocks that are not needed to fit (or, when nothing fits, that do not lower the peak)."""
-        for name in best.layers:
-            if len(best.layers) <= 1 or self.late():
+    def pruned(self, best: Choice, limit_bytes: int) -> Choice:
+        """Without blocks that are not needed to fit, the dearest first; ``limit_bytes`` is of the estimate."""
+        if not best.fits:
+            return best
+        for name in sorted(best.layers, key=lambda one: -self.cost((one,))):
+            less = tuple(n for n in best.layers if n != name)
+            if not less or self.late():
                 break
-            less = self.planned([n for n in best.layers if n != name])
-            if (less.fits or not best.fits) and less.peak_bytes <= (self.limit_bytes if best.fits else best.peak_bytes):
-                best = less
+            if self.estimate(less) <= limit_bytes and self.planned(less).fits:
+                best = self.planned(less)
         return best
 
 

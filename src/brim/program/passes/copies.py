@@ -9,10 +9,23 @@ from brim.program.ir import FUSED, STORE, Instruction, Program, Ref, Value
 
 __all__ = ["copies"]
 
-_EXACT = frozenset(
-    ("add", "sub", "mul", "div", "max", "min", "neg", "abs", "square", "sqrt", "where", "identity", "copysign")
-    + ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "isnan", "isinf", "isfinite", "signbit")
+_ARITHMETIC = (
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "max",
+    "min",
+    "neg",
+    "abs",
+    "square",
+    "sqrt",
+    "where",
+    "identity",
+    "copysign",
 )
+_TESTS = ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "isnan", "isinf", "isfinite", "signbit")
+_EXACT = frozenset((*_ARITHMETIC, *_TESTS))
 
 
 def copies(program: Program) -> Program:

@@ -6,7 +6,6 @@ are no members stay where they are. Results are the same to the last bit.
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Iterable
 
@@ -23,7 +22,7 @@ _ROUNDS_MAX = 8
 
 
 def fuse(program: Program) -> Program:
-    """The program with elementwise instructions merged into groups, where that does not raise its memory.
+    """The program with elementwise instructions merged into groups, where that keeps no more bytes alive in between.
 
     - A producer joins its consumer, at the consumer's place or at its own: not past an instruction that it depends on,
       and only if what it keeps alive for longer is no more than what need not be kept any more.
@@ -70,11 +69,10 @@ class _Search:
         self.needed = {ref.value for ref in program.results}
         self.maker: dict[Value, _Node] = {}
         self.readers: dict[Value, set[_Node]] = {}
-        ordered = _in_order(self.nodes)
-        self._connect(ordered)
-        for node in ordered:
+        self.ordered = _in_order(self.nodes)
+        self._connect(self.ordered)
+        for node in self.ordered:
             self._drop_dead_outputs(node)
-        self.opaque = [node.at for node in ordered if node.group is None]
 
     def _drop_dead_outputs(self, node: _Node) -> None:
         dead = {out for out in node.outs if out not in self.needed and out not in self.readers}
@@ -160,11 +158,21 @@ class _Search:
         values = {ref.value for ref in node.reads if _takes_memory(ref.value)}
         return sum(value.nbytes for value in values if self._last_read(value, node) < until)
 
+    def _something_between(self, first: _Node, second: _Node) -> bool:
+        """Whether anything of size runs between two nodes, while which more bytes might be alive than now."""
+        small = sum(out.nbytes for out in first.outs) // 4
+        for number in range(math.floor(first.at) + 1, math.ceil(second.at)):
+            node = self.ordered[number]
+            if node not in self.nodes or not first.at < node.at < second.at:
+                continue  # it has become a part of another, or runs elsewhere
+            if node.group is None or sum(out.nbytes for out in node.outs) > small:
+                return True
+        return False
+
     def _pays(self, first: _Node, second: _Node, at: float) -> bool:
         """Whether running both at ``at`` keeps no more bytes alive over the instructions in between."""
-        span = bisect.bisect_left(self.opaque, second.at) - bisect.bisect_right(self.opaque, first.at)
-        if span <= 0:
-            return True  # nothing but small things in between
+        if not self._something_between(first, second):
+            return True
         if at > first.at and self._kept_longer(first, at) > sum(out.nbytes for out in first.outs):
             return False
         if at < second.at:
@@ -206,10 +214,8 @@ class _Search:
             return False
         assert first.group is not None
         assert second.group is not None
-        whole = joined(first.group, second.group)
         unread = {v for v in first.group.outs if v not in self.needed and self.readers.get(v, set()) <= {second}}
-        if len(unread) < len(whole.outs):
-            whole = whole.without(unread)
+        whole = joined(first.group, second.group, unread)
         if not self._fits(whole):
             return False
         self._unite(first, second, whole, at)
@@ -252,7 +258,7 @@ class _Search:
                 continue  # a state that it reads is written before the last of them
             if self._kept_longer(node, last) > group.outs[0].nbytes:
                 continue
-            groups = [joined(group, reader.group).without(set(group.outs)) for reader in readers if reader.group]
+            groups = [joined(group, reader.group, set(group.outs)) for reader in readers if reader.group]
             if all(map(self._fits, groups)):
                 self._absorb(node, list(zip(readers, groups, strict=True)))
 
@@ -300,4 +306,4 @@ def _in_order(nodes: Iterable[_Node]) -> list[_Node]:
 
 def _takes_memory(value: Value) -> bool:
     """True for a value that occupies memory only while it is needed; the others are there anyway."""
-    return value.origin == "temp" and value.home is None
+    return value.origin in ("temp", "input") and value.home is None

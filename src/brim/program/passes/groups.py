@@ -105,13 +105,14 @@ def group_of(instruction: Instruction) -> Group:
     return made.group([(out, result)])
 
 
-def joined(first: Group, second: Group) -> Group:
-    """Both groups in one; ``second`` reads the outputs of ``first`` as steps. All outputs stay."""
+def joined(first: Group, second: Group, gone: set[Value]) -> Group:
+    """Both groups in one; ``second`` reads the outputs of ``first`` as steps. What is in ``gone`` is not stored."""
     made = _Joiner({})
     for out, operand in zip(first.outs, made.add(first), strict=True):
         made.known[out] = operand
     operands = [*made.known.values(), *made.add(second)]
-    return made.group(list(zip([*first.outs, *second.outs], operands, strict=True)))
+    outs = zip([*first.outs, *second.outs], operands, strict=True)
+    return made.group([(out, operand) for out, operand in outs if out not in gone])
 
 
 def _dropout(builder: FormulaBuilder, operands: list[Operand], dtype: np.dtype[Any], p: float) -> Operand:
@@ -175,7 +176,7 @@ class _Joiner:
         if step.fn in ("mul", "div") and is_float(step.dtype):
             # x * 1 and x / 1 are x; x + 0 is not, for it makes 0.0 of -0.0.
             for one, other in ((args[1], args[0]), (args[0], args[1]))[: 2 if step.fn == "mul" else 1]:
-                if one[0] == "const" and one[1] == 1 and builder.dtype(other) == step.dtype:
+                if one[0] == "const" and one[1] == 1 and builder.dtype(other) is not None:
                     return other
         return builder.step(step.fn, args, step.compute, step.dtype)
 

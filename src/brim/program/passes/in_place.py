@@ -16,8 +16,8 @@ def in_place(program: Program, aliasing: Callable[[Instruction], bool]) -> Progr
     """The program with as many stores as possible dropped, because the new value lives at the state's ``home``.
 
     ``store(state, new)`` is dropped when ``new`` is all of a temporary, made by an instruction P and laid out like the
-    state (or a reshape of it), and when the write may happen as early as P: nothing after P reads the state's old value or writes the state;
-    P itself reads it element for element and may alias, or does not read it.
+    state (or a reshape of it), and when the write may happen as early as P: nothing after P reads the state's old value
+    or writes the state; P itself reads it element for element and may alias, or does not read it.
 
     Arguments:
         aliasing: whether an instruction may write an output, element for element, over an input of the same spec.

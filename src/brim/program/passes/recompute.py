@@ -1,7 +1,8 @@
 """Recomputation: what a block makes for the backward pass is not kept, but made a second time just before it is needed.
 
 A block is named by the path of a layer ("stage1.block0": everything inside it), or of several neighbours that are
-treated as one ("stage1.0..3": the layers 0, 1, 2 and 3 of stage1). Of each call of a block, its inputs and outputs
+treated as one ("stage1.0..3": the layers 0, 1, 2 and 3 of stage1); "stage1.*" names every layer of stage1, each as a
+block of its own. Of each call of a block, its inputs and outputs
 stay; the forward instructions that lead from there to what its backward pass reads are repeated right before the first
 such reading. Compare Chen, Xu, Zhang and Guestrin, "Training deep nets with sublinear memory cost", 2016.
 
@@ -17,14 +18,14 @@ from dataclasses import dataclass, replace
 
 from brim.program.ir import STORE, Instruction, Program, Ref, Value, is_pure
 
-__all__ = ["arithmetic", "blocks", "extra_arithmetic", "matcher", "recompute"]
+__all__ = ["arithmetic", "blocks", "expanded", "extra_arithmetic", "matcher", "recompute", "shortened"]
 
 
 def recompute(program: Program, layers: Sequence[str]) -> Program:
     """The program in which the named blocks keep nothing for the backward pass but their inputs and outputs.
 
     Arguments:
-        layers: layer paths, or ranges of them ("0..3"). A name inside another one's block is covered by it. A name
+        layers: layer paths, ranges of them ("0..3"), or all inside one ("blocks.*"). A name inside another one's block is covered by it. A name
             that no forward instruction belongs to changes nothing.
 
     Raises:
@@ -100,6 +101,9 @@ def extra_arithmetic(before: Program, after: Program) -> float:
 
 def matcher(name: str) -> Callable[[str], bool]:
     """Tells whether a layer path is inside the block of that name."""
+    if name == "*" or name.endswith(".*"):
+        outer = name[:-1]
+        return lambda layer: layer.startswith(outer)
     if ".." not in name:
         inside = name + "."
         return lambda layer: layer == name or layer.startswith(inside)
@@ -117,6 +121,31 @@ def matcher(name: str) -> Callable[[str], bool]:
         return number.isdecimal() and low <= int(number) <= high
 
     return within
+
+
+def expanded(layers: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Names without "*": it is replaced by the layers that there are, in their order."""
+    found: list[str] = []
+    for name in layers:
+        if name == "*" or name.endswith(".*"):
+            outer = name[:-1]
+            found += [outer + layer[len(outer) :].partition(".")[0] for layer in known if layer.startswith(outer)]
+        else:
+            found.append(name)
+    return list(dict.fromkeys(found))
+
+
+def shortened(layers: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
+    """The same blocks, with "blocks.*" for all of a layer's, where all are there."""
+    known = list(known)
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in layers if ".." not in name)
+    for parent in parents:
+        star = f"{parent}.*" if parent else "*"
+        inside = expanded([star], known)
+        if len(inside) > 2 and set(inside) <= set(layers):
+            at = min(layers.index(name) for name in inside)
+            layers = [*layers[:at], star, *(name for name in layers[at:] if name not in inside)]
+    return tuple(layers)
 
 
 @dataclass(eq=False, slots=True)
@@ -160,7 +189,7 @@ class _Analysis:
         """Of every call of the named blocks, the last one first."""
         runs: list[tuple[int, list[int], Callable[[str], bool]]] = []
         taken: set[int] = set()
-        for name in _outermost(layers):
+        for name in _outermost(expanded(layers, self.numbers_by_layer)):
             inside = matcher(name)
             numbers = sorted(
                 n for layer, found in self.numbers_by_layer.items() if inside(layer) for n in found if n not in taken

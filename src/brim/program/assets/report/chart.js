@@ -124,8 +124,8 @@ function drawLimits(u, top, near) {
     ctx.beginPath(); ctx.arc(x, y, 4 * ratio, 0, 2 * Math.PI);
     ctx.fillStyle = colours.text; ctx.fill();
     ctx.strokeStyle = colours.card; ctx.lineWidth = 1.5 * ratio; ctx.stroke();
-    const clear = Math.abs(held - y) > 26 * ratio && (limit === null || Math.abs(limit - y) > 26 * ratio);
-    label(`live peak ${size(model.program.peak)}`, x, y + (clear ? -15 : 17) * ratio, "center", colours.text);
+    const clear = x > bbox.left + 300 * ratio && x < right - 340 * ratio;  // of the labels in the corners
+    label(`live peak ${size(model.program.peak)}`, x, y + (clear ? -17 : 17) * ratio, "center", colours.text);
   }
   ctx.restore();
 }

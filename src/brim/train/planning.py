@@ -1,0 +1,268 @@
+"""The Trainer's steps made ready to run: planned together and replayed, or run eagerly.
+
+Training step, smaller last batch, evaluation and its last batch take turns in one arena; the plan of all of them is what
+is held against the budget before the first step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from brim.autograd import no_grad
+from brim.context import context
+from brim.device import Device, default_device
+from brim.errors import ShapeError, TraceError
+from brim.memory.guard import give_back_on_refusal
+from brim.nn import Module
+from brim.program.admit import needed_bytes, refusal
+from brim.program.batch import BatchSearch
+from brim.program.compile import CompiledStep
+from brim.program.fit import choose_recomputation, describe, remedies
+from brim.program.plan import Plan, PlannedProgram
+from brim.spec import Spec
+from brim.tensor import Tensor, asarray
+from brim.train.batches import Batch, TrainingBatch, resized
+from brim.train.steps import Steps
+
+__all__ = ["EagerSteps", "PlannedSteps", "evaluating", "largest_batch_quickly", "real_device"]
+
+_MOST_PARTS = 256
+
+
+class EagerSteps:
+    """The steps as they are, on tensors made of each batch: for debugging, and for what cannot be traced."""
+
+    def __init__(self, steps: Steps, device: Device) -> None:
+        self.steps, self.device = steps, device
+
+    def _tensor(self, array: Any) -> Tensor:
+        return asarray(array, device=self.device)
+
+    def train(self, inputs: Any, targets: Any, first: bool, last: bool) -> Any:
+        """``Steps.train``."""
+        return self.steps.train(self._tensor(inputs), self._tensor(targets), first, last)
+
+    def evaluate(self, inputs: Any, targets: Any) -> Any:
+        """``Steps.evaluate``."""
+        return self.steps.evaluate(self._tensor(inputs), self._tensor(targets))
+
+    def predict(self, inputs: Any) -> Any:
+        """``Steps.predict``."""
+        return self.steps.predict(self._tensor(inputs))
+
+
+class PlannedSteps:
+    """The steps as planned programs.
+
+    Arguments:
+        steps: the plain functions.
+        device: where they run.
+        options: of ``CompiledStep``, for the training step.
+
+    Attributes:
+        parts: micro-batches into which a training step splits its batch.
+    """
+
+    def __init__(self, steps: Steps, device: Device, **options: Any) -> None:
+        self.steps, self.device = steps, device
+        self.parts = 1
+        self._train = CompiledStep(steps.train, name="training step", device=device, copy=False, **options)
+        self._evaluate = CompiledStep(steps.evaluate, name="evaluation", device=device, copy=False)
+        self._predict = CompiledStep(steps.predict, name="prediction", device=device, copy=False)
+
+    # ---------------------------------------------------------------- running
+
+    def train(self, inputs: Any, targets: Any, first: bool, last: bool) -> Any:
+        """``Steps.train``, planned; what it returns lasts until the next run of any program."""
+        with hinting():
+            return self._train(inputs, targets, first, last, self.parts)
+
+    def evaluate(self, inputs: Any, targets: Any) -> Any:
+        """``Steps.evaluate``, planned."""
+        with hinting():
+            return self._evaluate(inputs, targets)
+
+    def predict(self, inputs: Any) -> Any:
+        """``Steps.predict``, planned."""
+        with hinting():
+            return self._predict(inputs)
+
+    def explain(self) -> str:
+        """Why there are the programs that there are."""
+        named = (("train", self._train), ("evaluate", self._evaluate), ("predict", self._predict))
+        return "\n".join(f"{name}: {line}" for name, step in named for line in step.explain().splitlines())
+
+    # ---------------------------------------------------------------- planning
+
+    def output_spec(self, inputs: Spec) -> Spec:
+        """Shape and dtype of the model's outputs. Raises ValueError when there are several."""
+        with hinting(), evaluating(self.steps.model):
+            outputs = self._predict.plan(inputs).programs[0].prepared.program.results
+        if len(outputs) != 1:
+            raise ValueError(f"the model gives {len(outputs)} tensors, so the targets cannot be inferred: pass targets=")
+        return Spec(outputs[0].spec.shape, outputs[0].spec.dtype)
+
+    def plan(self, train: Sequence[TrainingBatch], evaluation: Sequence[Batch] = (), parts: int | None = None) -> Plan:
+        """The plan of all programs together; nothing is allocated or run.
+
+        Arguments:
+            train: each kind of training step, the largest first (``training_batches``).
+            evaluation: batches of the evaluation, the largest first.
+            parts: micro-batches of a training step; ``self.parts`` when None.
+
+        Raises:
+            TraceError: a step cannot be planned.
+        """
+        used = self.parts if parts is None else parts
+        largest = train[0][0][0].shape[0]
+        programs = []
+        with hinting(), mode(self.steps.model, True):
+            for batch, first, last in train:
+                name = "training step" if batch[0].shape[0] == largest else "last batch"
+                if not last:
+                    name = "first gradients" if first else "further gradients"
+                programs.append(_named(name, self._train.plan(*batch, first, last, used)))
+        with hinting(), evaluating(self.steps.model):
+            for number, batch in enumerate(evaluation):
+                name = "evaluation" if number == 0 else "last evaluation batch"
+                programs.append(_named(name, self._evaluate.plan(*batch)))
+
+        def replan(shapes: list[tuple[int, ...]]) -> Plan:
+            size = shapes[0][0]  # partial batches are left out: they need less than whole ones
+            whole = [(resized(b, size), first, last) for b, first, last in train if b[0].shape[0] == largest]
+            return self.plan(whole, [resized(b, size) for b in evaluation[:1]], used)
+
+        shapes = [one.shape for one in train[0][0]]
+        alternatives = self._alternatives(train) if used == self.parts else []
+        options = self._train.options
+        return Plan(
+            programs, self.device.name, "training step", None, replan, shapes, options=options, alternatives=alternatives
+        )
+
+    def admit(
+        self, train: Sequence[TrainingBatch], evaluation: Sequence[Batch], fit: str | None, tell: Callable[[str], Any]
+    ) -> Plan:
+        """Plan everything, hold it against the budget, and take the arena.
+
+        Arguments:
+            train, evaluation: as of ``plan``.
+            fit: "recompute" or "microbatch": make it fit so; None refuses.
+            tell: called with a line that says what was done to make it fit.
+
+        Raises:
+            BudgetExceeded: it does not fit; nothing was allocated or changed.
+        """
+        with give_back_on_refusal():
+            made = self.plan(train, evaluation)
+            refused = refusal(made, self.device)
+            if refused is not None and refused.limit_bytes is not None:
+                if fit == "recompute":
+                    choice = choose_recomputation(made, refused.limit_bytes, refused.needed)
+                    if choice is not None and choice.fits:
+                        self._train.options = replace(self._train.options, recompute=choice.layers)
+                        tell(describe(made.what, choice, refused.limit_bytes))
+                        made = self.plan(train, evaluation)
+                elif fit == "microbatch" and (parts := self._fewest_parts(train)) is not None:
+                    self.parts = parts
+                    tell(f"{self._parts_text(train, parts)} to fit")
+                    made = self.plan(train, evaluation)
+                refused = refusal(made, self.device)
+            if refused is not None:
+                raise refused.error(remedies)
+            self.device.memory.arena.reserve(made.arena_bytes)
+        return made
+
+    @staticmethod
+    def _parts_text(train: Sequence[TrainingBatch], parts: int) -> str:
+        N = train[0][0][0].shape[0]
+        return f"{parts} micro-batches of {'' if N % parts == 0 else 'at most '}{-(-N // parts)}"
+
+    def _fewest_parts(self, train: Sequence[TrainingBatch]) -> int | None:
+        """The fewest micro-batches with which the training steps fit, or None."""
+        most = min(train[0][0][0].shape[0], _MOST_PARTS)
+
+        def fits(parts: int) -> bool:
+            return refusal(self.plan(train, (), parts), self.device) is None
+
+        low, high = self.parts, min(self.parts * 2, most)
+        while not fits(high):
+            if high == most:
+                return None
+            low, high = high, min(high * 2, most)
+        while high - low > 1:  # low does not fit, high does
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high
+
+    def _alternatives(self, train: Sequence[TrainingBatch]) -> list[tuple[str, Callable[[], Plan]]]:
+        """Micro-batches, as remedies for a plan that does not fit."""
+        most = min(train[0][0][0].shape[0], _MOST_PARTS)
+        found = []
+        parts = 2 * self.parts
+        while parts <= most and len(found) < 3:
+            found.append((self._parts_text(train, parts), partial(self.plan, train, (), parts)))
+            parts *= 2
+        return found
+
+
+def largest_batch_quickly(plan: Plan, device: Device, limit_bytes: int, seconds: float = 2.0) -> int | None:
+    """The largest batch that fits beside what is live on the device, or None when the search would take longer."""
+    deadline_s = time.monotonic() + seconds
+    try:
+        return BatchSearch(
+            plan, limit_bytes, lambda one: needed_bytes(one, device), lambda: time.monotonic() >= deadline_s
+        ).run()
+    except (ValueError, TraceError, ShapeError):  # some models take batches of one size only
+        return None
+
+
+def _named(name: str, plan: Plan) -> PlannedProgram:
+    """A plan's only program under another name."""
+    found = plan.programs[0]
+    found.name = name
+    return found
+
+
+def real_device(place: Device) -> Device:
+    """Where a model will run: its device, or for a model without memory the process's default device."""
+    if not place.is_meta:
+        return place
+    before, context.default_device = context.default_device, None
+    try:
+        return default_device()
+    finally:
+        context.default_device = before
+
+
+@contextmanager
+def evaluating(model: Module) -> Iterator[None]:
+    """The model in evaluation mode inside the block, without gradients."""
+    with mode(model, False), no_grad():
+        yield
+
+
+@contextmanager
+def mode(model: Module, is_training: bool) -> Iterator[None]:
+    """All layers of a model in training or evaluation mode inside the block."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(is_training)
+    try:
+        yield
+    finally:
+        for module, was in before:
+            if module.training is not was:
+                module.training = was
+
+
+@contextmanager
+def hinting() -> Iterator[None]:
+    """A step that cannot be planned can still be run."""
+    try:
+        yield
+    except TraceError as error:
+        raise TraceError(f"{error}. Trainer(compile=False) runs it eagerly, without a plan") from None

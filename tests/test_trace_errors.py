@@ -1,0 +1,791 @@
+"""What a compiled step refuses, when it is traced again, and what it shares with the eager code around it."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import brim
+from brim import nn, ops, optim
+from brim.errors import BrimError, TraceError
+from brim.program.compile import compile as compile_step
+from brim.program.compile import plan, spec
+
+F = nn.functional
+HERE = __file__
+
+
+def _x(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+class Training:
+    """A small model in training, eagerly and compiled from the same start."""
+
+    def __init__(self, **settings: Any) -> None:
+        brim.manual_seed(1)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 3))
+        self.optimizer = optim.SGD(self.model.parameters(), **{"lr": 0.1, "momentum": 0.9, **settings})
+        self.compiled = compile_step(self.step)
+
+    def step(self, x: Any, y: Any) -> Any:
+        loss = F.cross_entropy(self.model(brim.asarray(x)), brim.asarray(y))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def batch(self, n: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        return _x(n, 4, seed=seed), np.random.default_rng(seed).integers(0, 3, n)
+
+    def traces(self) -> list[str]:
+        return self.compiled.explain().splitlines()
+
+    def values(self) -> dict[str, bytes]:
+        found = {name: value.numpy().tobytes() for name, value in self.model.state_dict().items()}
+        return found | {name: array.tobytes() for name, array in self.optimizer.state_arrays().items()}
+
+
+def _line_of(function: Callable[..., Any], text: str) -> str:
+    """``file:line`` of the line of a function that contains a text."""
+    lines, first = inspect.getsourcelines(function)
+    found = [first + n for n, line in enumerate(lines) if n and text in line]
+    assert len(found) == 1
+    return f"{HERE}:{found[0]}"
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _reads_item(x: Any) -> Any:
+    return x.sum().item()
+
+
+def _reads_numpy(x: Any) -> Any:
+    return x.numpy()
+
+
+def _reads_float(x: Any) -> Any:
+    return float(x.sum())
+
+
+def _reads_int(x: Any) -> Any:
+    return int(x.sum())
+
+
+def _reads_list(x: Any) -> Any:
+    return x.tolist()
+
+
+def _reads_bool(x: Any) -> Any:
+    return bool(x.sum())
+
+
+def _branches(x: Any) -> Any:
+    if x.sum() > 1:
+        return x
+    return -x
+
+
+def _loops(x: Any) -> Any:
+    while x.max() > 1:
+        x = x / 2
+    return x
+
+
+def _masks(x: Any) -> Any:
+    return x[x > 0].sum()
+
+
+def _becomes_an_array(x: Any) -> Any:
+    return np.asarray(x)
+
+
+READS = [
+    (_reads_item, "item()"), (_reads_numpy, "numpy()"), (_reads_float, "float("), (_reads_int, "int(x"),
+    (_reads_list, "tolist()"), (_reads_bool, "bool("), (_branches, "if x"), (_loops, "while x"), (_masks, "x[x > 0]"),
+    (_becomes_an_array, "np.asarray(x)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "line"), READS, ids=[step.__name__ for step, _ in READS])
+def test_a_value_that_is_read_in_a_step(step: Callable[..., Any], line: str) -> None:
+    for attempt in (lambda: compile_step(step)(_x(3)), lambda: plan(step, spec((3,)))):
+        with pytest.raises(TraceError) as caught:
+            attempt()
+        text = str(caught.value)
+        assert _line_of(step, line) in text
+        assert "brim.where()" in text  # a way out
+        assert "return the tensor" in text.lower()
+    step(brim.asarray(_x(3) + 3))  # eagerly it works
+
+
+def test_a_tensor_is_printed_by_its_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    """Printing does no harm: it happens once, and says that there are no values yet."""
+
+    def step(x: Any) -> Any:
+        print(x * 2)
+        return x
+
+    run = compile_step(step)
+    run(_x(3))
+    run(_x(3))
+    assert capsys.readouterr().out.splitlines() == ["tensor(..., shape=(3,), dtype=float32)"]
+
+
+def test_a_tensor_of_another_device() -> None:
+    with brim.meta():
+        weight = brim.zeros((3,))
+    for attempt in (lambda: compile_step(lambda x: x * weight)(_x(3)),):
+        with pytest.raises(TraceError, match=r"meta device.*brim\.plan"):
+            attempt()
+    assert plan(lambda x: x * weight, spec((3,))).peak_bytes > 0  # planned all the same
+
+
+def test_a_move_in_the_middle() -> None:
+    def step(x: Any) -> Any:
+        return (x * 2).to("meta")
+
+    with pytest.raises(TraceError) as caught:
+        compile_step(step)(_x(3))
+    assert _line_of(step, "to(") in str(caught.value)
+    assert "before the step" in str(caught.value)
+
+
+class _Growing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", brim.zeros((2,)))
+
+    def forward(self, x: Any) -> Any:
+        self.seen = ops.concat([self.seen, x])
+        return x
+
+
+class _Widening(_Growing):
+    def forward(self, x: Any) -> Any:
+        self.seen = self.seen.astype("float64") + 1.0
+        return x
+
+
+class _Emptied(_Growing):
+    def forward(self, x: Any) -> Any:
+        self.seen = None
+        return x
+
+
+@pytest.mark.parametrize(("kind", "words"), [(_Growing, "final shape"), (_Widening, "float64"), (_Emptied, "None")])
+def test_a_buffer_that_changes_its_form(kind: Any, words: str) -> None:
+    model = kind()
+    before = model.seen
+    with pytest.raises(TraceError, match=rf"{kind.__name__}\.seen.*{words}"):
+        compile_step(model)(_x(2))
+    assert model.seen is before
+    assert model.seen.shape == (2,)
+
+
+def test_a_kept_tensor_is_a_leak() -> None:
+    losses: list[Any] = []
+
+    def step(x: Any) -> Any:
+        loss = (x * x).sum()
+        losses.append(loss)
+        return loss
+
+    with pytest.raises(TraceError, match="still referenced.*return what you want to keep") as caught:
+        compile_step(step)(_x(3))
+    assert _line_of(step, ".sum()") in str(caught.value)
+    with pytest.raises(TraceError, match="has a shape and no values"):
+        losses[0].item()
+    losses.clear()
+
+
+def test_a_kept_argument_is_a_leak() -> None:
+    kept: list[Any] = []
+    with pytest.raises(TraceError, match="still referenced"):
+        compile_step(lambda x: kept.append(x))(_x(3))
+
+
+def test_a_cycle_is_no_leak() -> None:
+    class Node:
+        pass
+
+    def step(x: Any) -> Any:
+        node = Node()
+        node.me, node.value = node, x * 2  # type: ignore[attr-defined]
+        return node.value + 1  # type: ignore[attr-defined]
+
+    assert np.array_equal(compile_step(step)(_x(3)).numpy(), _x(3) * 2 + 1)
+
+
+def test_random_numbers_of_the_host() -> None:
+    def step(x: Any) -> Any:
+        noise = brim.random.host_generator().standard_normal(3)
+        return x + noise
+
+    with pytest.raises(TraceError, match="dropout.*argument"):
+        compile_step(step)(_x(3))
+
+
+def test_a_write_through_a_view() -> None:
+    state = brim.zeros((4, 3))
+    view = state[1:3]
+
+    def step(x: Any) -> Any:
+        view.write(x)
+        return x
+
+    with pytest.raises(TraceError, match="on the tensor itself") as caught:
+        compile_step(step)(_x(2, 3))
+    assert _line_of(step, "view.write") in str(caught.value)
+    assert not state.numpy().any()
+
+
+def test_a_write_by_index() -> None:
+    state = brim.zeros((4, 3))
+
+    def step(x: Any) -> None:
+        state[1:3] = x
+
+    run = compile_step(step)
+    for n in range(3):
+        run(_x(2, 3, seed=n))
+        assert np.array_equal(state.numpy()[1:3], _x(2, 3, seed=n))
+        assert not state.numpy()[[0, 3]].any()
+
+
+def test_a_step_inside_a_step() -> None:
+    inner = compile_step(lambda x: x * 2)
+    assert np.array_equal(compile_step(lambda x: inner(x) + 1)(_x(3)).numpy(), _x(3) * 2 + 1)  # part of the outer one
+    with pytest.raises(TraceError, match="inside another"):
+        compile_step(lambda x: plan(lambda y: y, spec((3,))) and x)(_x(3))
+
+
+def test_errors_of_the_step_itself_come_through() -> None:
+    with pytest.raises(BrimError, match=r"\(3,\).*\(4,\)|\(4,\).*\(3,\)"):
+        compile_step(lambda x: x + brim.zeros((4,)))(_x(3))
+    with pytest.raises(ZeroDivisionError):
+        compile_step(lambda x: 1 // 0)(_x(3))
+
+
+# ---------------------------------------------------------------- nothing is left behind
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "update"])
+def test_a_failed_trace_changes_nothing(where: str) -> None:
+    training, other = Training(), Training()
+    gradient = brim.ones((3, 6))
+    training.model[4].weight.grad = gradient
+    state, buffers = training.values(), dict(training.model.named_buffers())
+    seed = brim.random.get_state()
+    gc.collect()
+    live_bytes = brim.memory_stats()["live_bytes"]
+
+    def failing(x: Any, y: Any) -> Any:
+        out = training.model(x)
+        if where == "forward":
+            raise KeyboardInterrupt
+        F.cross_entropy(out, y).backward()
+        if where == "backward":
+            raise KeyboardInterrupt
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_step(failing)(*training.batch())
+    assert training.model[4].weight.grad is gradient
+    assert all(p.grad is None for p in training.model.parameters() if p is not training.model[4].weight)
+    assert all(b is buffers[name] for name, b in training.model.named_buffers())
+    assert training.optimizer.state_arrays() == {}
+    assert training.values() == state
+    assert brim.random.get_state() == seed
+    gc.collect()
+    assert brim.memory_stats()["live_bytes"] == live_bytes
+    training.model[4].weight.grad = None
+    brim.manual_seed(5)
+    loss = training.step(*training.batch()).item()
+    brim.manual_seed(5)
+    assert loss == other.step(*other.batch()).item()
+
+
+def test_a_refused_step_changes_nothing() -> None:
+    training = Training()
+    state, seed = training.values(), brim.random.get_state()
+    gc.collect()
+    live_bytes = brim.memory_stats()["live_bytes"]
+    with pytest.raises(brim.BudgetExceeded):
+        compile_step(training.step, budget=live_bytes + 64)(*training.batch())
+    gc.collect()
+    assert brim.memory_stats()["live_bytes"] == live_bytes
+    assert training.values() == state
+    assert training.optimizer.state_arrays() == {}
+    assert brim.random.get_state() == seed
+    training.compiled(*training.batch())  # within the budget it runs
+
+
+def test_state_that_a_compiled_step_makes_is_the_eager_one() -> None:
+    one, other = Training(), Training()
+    one.compiled(*one.batch())
+    brim.manual_seed(1)
+    other = Training()
+    other.step(*other.batch())
+    arrays, expected = one.optimizer.state_arrays(), other.optimizer.state_arrays()
+    assert list(arrays) == list(expected)
+    assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
+    kinds = {t._block.record.category for values in one.optimizer.state.values() for t in values.values()}
+    assert kinds == {"optimizer"}
+
+
+# ---------------------------------------------------------------- when a step is traced again
+
+
+def test_once_for_each_kind_of_arguments() -> None:
+    run = compile_step(lambda x: x * 2)
+    for _ in range(2):
+        for x in (_x(3), _x(4), _x(3, 1), _x(3).astype(np.float64), _x(3).astype(np.int32)):
+            out = run(x)
+            assert np.array_equal(out.numpy(), x * 2)
+            assert out.dtype == x.dtype
+    lines = run.explain().splitlines()
+    assert len(lines) == 5
+    assert "float32[3]" in lines[0]
+    assert "first call" in lines[0]
+    assert "float64[3]" in lines[3]
+    assert "new shapes" in lines[3]
+
+
+def test_nothing_was_called() -> None:
+    run = compile_step(lambda x: x)
+    assert "not called" in run.explain()
+    with pytest.raises(TraceError, match="not been called"):
+        run.program()
+
+
+def test_mode() -> None:
+    training = Training()
+    batch = training.batch()
+    forward = compile_step(lambda x: training.model(x))
+    for _ in range(2):
+        forward(batch[0])
+        training.model.eval()
+        expected = training.model(brim.asarray(batch[0])).detach().numpy()
+        assert np.array_equal(forward(batch[0]).numpy(), expected)
+        training.model.train()
+    lines = forward.explain().splitlines()
+    assert len(lines) == 2
+    assert "evaluation mode" in lines[1]
+    training.model[3].eval()  # one layer's mode counts as well
+    forward(batch[0])
+    assert len(forward.explain().splitlines()) == 3
+
+
+def test_gradients_that_are_there_already() -> None:
+    weight = brim.ones((3,), requires_grad=True)
+    run = compile_step(lambda x: (x * weight).sum().backward())
+    for n in range(1, 4):
+        run(_x(3))
+        assert weight.grad is not None
+        assert np.allclose(weight.grad.numpy(), n * _x(3))
+    lines = run.explain().splitlines()
+    assert len(lines) == 2
+    assert "gradient" in lines[1]
+    weight.grad = None
+    run(_x(3))
+    assert np.array_equal(weight.grad.numpy(), _x(3))
+    assert len(run.explain().splitlines()) == 2  # both programs are kept
+
+
+@pytest.mark.parametrize("change", [{"nesterov": True}, {"momentum": 0.0}, {"maximize": True}, {"weight_decay": 0.1}])
+def test_a_setting_that_decides_what_happens(change: dict[str, Any]) -> None:
+    one, other = Training(), Training()
+    for training, step in ((one, one.compiled), (other, other.step)):
+        brim.manual_seed(5)
+        for n in range(4):
+            if n == 2:
+                training.optimizer.param_groups[0].update(change)
+            step(*training.batch(seed=n))
+    assert one.values() == other.values()
+    assert len(one.traces()) == 2
+    assert "setting" in one.traces()[1]
+
+
+def test_numbers_that_change_need_no_trace() -> None:
+    one, other = Training(weight_decay=0.01), Training(weight_decay=0.01)
+    for training, step in ((one, one.compiled), (other, other.step)):
+        brim.manual_seed(5)
+        schedule = optim.schedules.StepLR(training.optimizer, 2, 0.5) if hasattr(optim, "schedules") else None
+        for n in range(6):
+            training.optimizer.param_groups[0]["weight_decay"] = 0.01 * (n + 1)
+            step(*training.batch(seed=n))
+            if schedule is not None:
+                schedule.step()
+            else:
+                training.optimizer.param_groups[0]["lr"] *= 0.7
+    assert one.values() == other.values()
+    assert len(one.traces()) == 1
+    rate = one.optimizer.param_groups[0]["lr"]
+    one.optimizer.param_groups[0]["lr"] = 0.0
+    one.optimizer.param_groups[0]["momentum"] = 0.5
+    before = one.model[4].weight.detach().numpy().copy()
+    one.compiled(*one.batch())
+    assert np.array_equal(one.model[4].weight.detach().numpy(), before)
+    assert rate > 0.0
+    assert len(one.traces()) == 1
+
+
+def test_a_parameter_that_is_another_one_now() -> None:
+    model = nn.Linear(3, 2)
+    run = compile_step(lambda x: model(x))
+    run(_x(4, 3))
+    model.weight = nn.Parameter(brim.asarray(_x(2, 3, seed=9)))
+    assert np.array_equal(run(_x(4, 3)).numpy(), model(brim.asarray(_x(4, 3))).detach().numpy())
+    model.bias = None
+    assert np.array_equal(run(_x(4, 3)).numpy(), model(brim.asarray(_x(4, 3))).detach().numpy())
+    model.to(dtype="float64")
+    out = run(_x(4, 3).astype("float64"))
+    assert np.array_equal(out.numpy(), model(brim.asarray(_x(4, 3).astype("float64"))).detach().numpy())
+    assert out.dtype == np.float64
+
+
+def test_a_layer_that_is_another_one_now() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    run = compile_step(lambda x: model(x))
+    run(_x(4, 3))
+    model[1] = nn.Tanh()
+    assert np.array_equal(run(_x(4, 3)).numpy(), model(brim.asarray(_x(4, 3))).detach().numpy())
+    model.append(nn.Linear(2, 1))
+    assert np.array_equal(run(_x(4, 3)).numpy(), model(brim.asarray(_x(4, 3))).detach().numpy())
+
+
+def test_a_frozen_parameter() -> None:
+    one, other = Training(), Training()
+    for training, step in ((one, one.compiled), (other, other.step)):
+        brim.manual_seed(5)
+        for n in range(4):
+            training.model[0].weight.requires_grad_(n % 2 == 0)
+            step(*training.batch(seed=n))
+    assert one.values() == other.values()
+
+
+def test_the_cache_is_bounded() -> None:
+    run = compile_step(lambda x: x * 2)
+    for n in range(1, 41):
+        run(_x(n))
+    assert sum(map(len, run._versions.values())) <= 16
+    assert "forgot" in run.explain()
+    assert np.array_equal(run(_x(1)).numpy(), _x(1) * 2)  # a forgotten one is made again
+    flag = {"on": 0}
+
+    def step(x: Any) -> Any:
+        return x * brim.context.baked(lambda: flag["on"])
+
+    many = compile_step(step)
+    for n in range(20):
+        flag["on"] = n
+        assert np.array_equal(many(_x(3)).numpy(), _x(3) * n)
+    assert sum(map(len, many._versions.values())) <= 16
+
+
+# ---------------------------------------------------------------- beside eager code
+
+
+def test_loading_takes_effect_in_the_next_run() -> None:
+    one, other = Training(), Training()
+    saved = {name: value.numpy().copy() for name, value in one.model.state_dict().items()}
+    for training, step in ((one, one.compiled), (other, other.step)):
+        brim.manual_seed(5)
+        states = []
+        for n in range(3):
+            step(*training.batch(seed=n))
+            states.append({k: np.array(v) for k, v in training.optimizer.state_arrays().items()})
+        training.model.load_state_dict(saved)
+        training.optimizer.load_state(states[0], training.optimizer.state_settings())
+        for n in range(3):
+            step(*training.batch(seed=n))
+        other_model = nn.Linear(4, 6)
+        training.model[0].load_state_dict(other_model.state_dict())
+        step(*training.batch(seed=4))
+    assert len(one.traces()) == 1
+    assert {k: v for k, v in one.values().items() if not k.startswith("0.")}.keys() == {
+        k for k in other.values() if not k.startswith("0.")
+    }
+
+
+def test_loading_gives_what_it_gives_eagerly() -> None:
+    one, other = Training(), Training()
+    for training, step in ((one, one.compiled), (other, other.step)):
+        brim.manual_seed(5)
+        step(*training.batch())
+        model = {k: v.numpy().copy() for k, v in training.model.state_dict().items()}
+        arrays = {k: np.array(v) for k, v in training.optimizer.state_arrays().items()}
+        settings = training.optimizer.state_settings()
+        seed = brim.random.get_state()
+        loss = step(*training.batch(seed=1)).item()
+        after = training.values()
+        step(*training.batch(seed=2))
+        training.model.load_state_dict(model)
+        training.optimizer.load_state(arrays, settings)
+        brim.random.set_state(seed)
+        assert step(*training.batch(seed=1)).item() == loss
+        assert training.values() == after
+    assert one.values() == other.values()
+    assert len(one.traces()) == 1
+
+
+def test_eager_and_compiled_steps_in_turn() -> None:
+    one, other = Training(), Training()
+    brim.manual_seed(5)
+    losses = [other.step(*other.batch(seed=n)).item() for n in range(8)]
+    brim.manual_seed(5)
+    found = [(one.compiled if n in (1, 2, 5, 7) else one.step)(*one.batch(seed=n)).item() for n in range(8)]
+    assert found == losses
+    assert one.values() == other.values()
+
+
+def test_gradients_of_eager_and_compiled_steps_add_up() -> None:
+    def run(kinds: str) -> np.ndarray:
+        weight = brim.ones((3,), requires_grad=True)
+
+        def step(x: Any) -> None:
+            (brim.asarray(x) * weight).sum().backward()
+
+        compiled = compile_step(step)
+        for n, kind in enumerate(kinds):
+            (compiled if kind == "c" else step)(_x(3, seed=n))
+        assert weight.grad is not None
+        return weight.grad.numpy().copy()
+
+    expected = run("eeeee")
+    for kinds in ("ccccc", "ecece", "cceec", "eeccc"):
+        assert np.array_equal(run(kinds), expected), kinds
+
+
+def test_a_budget_or_batch_in_between() -> None:
+    """A larger program moves the arena; the smaller one goes on in the new one."""
+    one, other = Training(), Training()
+    sizes = [5, 50, 5, 500, 50, 5]
+    for training, step in ((one, one.compiled), (other, other.step)):
+        brim.manual_seed(5)
+        for n, size in enumerate(sizes):
+            step(*training.batch(size, seed=n))
+    assert one.values() == other.values()
+    assert len(one.traces()) == 3
+
+
+# ---------------------------------------------------------------- arguments and results
+
+
+def test_arguments_of_any_layout() -> None:
+    run = compile_step(lambda x: x * 2 + 1)
+    whole = _x(6, 8)
+    for x in (whole[::2, 1:5], whole.T[:3, :4], np.asfortranarray(whole[:3, :4]), whole[2::-1, :4]):
+        assert np.array_equal(run(x).numpy(), x * 2 + 1)
+        assert np.array_equal(run(brim.asarray(whole)[::2, 1:5]).numpy(), whole[::2, 1:5] * 2 + 1)
+    assert len(run.explain().splitlines()) == 1  # all of shape (3, 4)
+
+
+def test_arguments_that_require_gradients() -> None:
+    run = compile_step(lambda x: brim.grad((x * x).sum(), x) if x.requires_grad else x)
+    x = brim.asarray(_x(3))
+    assert np.array_equal(run(x).numpy(), _x(3))
+    assert np.array_equal(run(brim.asarray(_x(3)).requires_grad_()).numpy(), 2 * _x(3))
+    assert len(run.explain().splitlines()) == 2
+
+
+def test_gradients_of_arguments() -> None:
+    """``x.grad`` of an argument is returned; the tensor that was passed in is copied, and stays as it is."""
+
+    def step(x: Any) -> Any:
+        (x**3).sum().backward()
+        return x.grad
+
+    x = brim.asarray(_x(3)).requires_grad_()
+    assert np.allclose(compile_step(step)(x).numpy(), 3 * _x(3) ** 2)
+    assert x.grad is None
+
+
+def test_nested_arguments_and_results() -> None:
+    def step(batch: dict[str, Any], pair: tuple[Any, Any], scale: float, flag: bool, none: None, name: str) -> Any:
+        a, b = batch["x"], batch["more"][0]
+        assert none is None
+        out = [a * scale, (b + pair[0], pair[1]), {"sum": (a.sum(), 3, "text", None)}]
+        return out if flag else out[0]
+
+    run = compile_step(step)
+    batch = {"x": _x(3), "more": [_x(2)]}
+    for scale in (2.0, 3.0, 2.0):
+        first, (second, third), rest = run(batch, (_x(2, seed=1), _x(1)), scale, True, None, name="n")
+        assert np.array_equal(first.numpy(), _x(3) * np.float32(scale))
+        assert np.array_equal(second.numpy(), _x(2) + _x(2, seed=1))
+        assert np.array_equal(third.numpy(), _x(1))
+        assert rest["sum"][1:] == (3, "text", None)
+    assert isinstance(run(batch, (_x(2, seed=1), _x(1)), 2.0, False, None, name="n"), brim.Tensor)
+    assert len(run.explain().splitlines()) == 3
+    assert compile_step(lambda x: None)(_x(3)) is None
+    assert compile_step(lambda: 7)() == 7
+
+
+def test_a_number_and_its_type_are_part_of_the_program() -> None:
+    run = compile_step(lambda x, n: x * n)
+    assert run(np.array([2, 3]), 2).dtype == np.int64
+    assert run(np.array([2, 3]), 2.0).dtype == np.float32
+    assert run(np.array([2, 3]), True).dtype == np.int64
+
+
+def test_keyword_and_positional_arguments() -> None:
+    run = compile_step(lambda x, y: x - y)
+    assert np.array_equal(run(_x(3), y=_x(3, seed=1)).numpy(), _x(3) - _x(3, seed=1))
+    assert np.array_equal(run(y=_x(3), x=_x(3, seed=1)).numpy(), _x(3, seed=1) - _x(3))
+    assert np.array_equal(run(x=_x(3), y=_x(3, seed=1)).numpy(), _x(3) - _x(3, seed=1))
+
+
+def test_the_same_array_twice() -> None:
+    run = compile_step(lambda x, y: x - 2 * y)
+    x = _x(3)
+    assert np.array_equal(run(x, x).numpy(), x - 2 * x)
+    assert np.array_equal(run(x, x + 1).numpy(), x - 2 * (x + 1))
+
+
+def test_an_argument_is_not_changed() -> None:
+    def step(x: Any) -> Any:
+        x += 1
+        return x
+
+    x = brim.asarray(_x(3))
+    run = compile_step(step)
+    for _ in range(2):
+        assert np.array_equal(run(x).numpy(), _x(3) + 1)
+    assert np.array_equal(x.numpy(), _x(3))
+
+
+def test_results_are_copies() -> None:
+    weight = brim.ones((3,))
+    run = compile_step(lambda x: (x * 2, x, weight))
+    first = run(_x(3))
+    for result in first:
+        result.write(77.0)
+    assert not weight.numpy().tolist() == [77.0] * 3
+    second = run(_x(3))
+    assert np.array_equal(second[0].numpy(), _x(3) * 2)
+    assert np.array_equal(second[1].numpy(), _x(3))
+    assert np.array_equal(second[2].numpy(), np.ones(3))
+    assert np.array_equal(first[0].numpy(), np.full(3, 77.0))
+
+
+def test_results_without_a_copy_last_until_the_next_run() -> None:
+    run = compile_step(lambda x: x * 2, copy=False)
+    first = run(_x(3))
+    kept = first.numpy().copy()
+    assert np.array_equal(kept, _x(3) * 2)
+    allocations = brim.memory_stats()["allocations"]
+    second = run(_x(3, seed=1))
+    assert brim.memory_stats()["allocations"] == allocations
+    assert np.array_equal(second.numpy(), _x(3, seed=1) * 2)
+    assert np.array_equal(first.numpy(), second.numpy())  # the same memory
+
+
+def test_results_that_are_one_tensor() -> None:
+    def step(x: Any) -> Any:
+        y = x * 2
+        return y, y, y[1:], y.reshape(3, 1)
+
+    a, b, c, d = compile_step(step)(_x(3))
+    assert np.array_equal(a.numpy(), b.numpy())
+    assert np.array_equal(c.numpy(), a.numpy()[1:])
+    assert d.shape == (3, 1)
+    a.write(0.0)
+    assert b.numpy().any()
+
+
+def test_results_do_not_require_gradients() -> None:
+    training = Training()
+    loss = training.compiled(*training.batch())
+    assert loss._node is None
+    assert not loss.requires_grad
+    with pytest.raises(BrimError):
+        loss.backward()
+
+
+def test_an_empty_batch() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+
+    def step(x: Any) -> Any:
+        loss = model(x).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss, model(x)
+
+    before = {k: v.numpy().copy() for k, v in model.state_dict().items()}
+    run = compile_step(step)
+    loss, out = run(np.zeros((0, 3), np.float32))
+    assert loss.item() == 0.0
+    assert out.shape == (0, 2)
+    assert all(np.array_equal(v.numpy(), before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_step_without_arguments_or_work() -> None:
+    counter = brim.zeros((), dtype="int64")
+
+    def step() -> None:
+        counter.write(counter + 1)
+
+    run = compile_step(step)
+    for _ in range(5):
+        run()
+    assert counter.item() == 5
+    assert compile_step(lambda x: x)(_x(3)).numpy().tolist() == _x(3).tolist()
+
+
+# ---------------------------------------------------------------- threads
+
+
+def test_two_threads_on_one_device() -> None:
+    expected, found, errors = [], {}, []
+    for n in range(2):
+        training = Training()
+        training.model[3] = nn.Identity()
+        expected.append([training.step(*training.batch(5 + 40 * n, seed=s)).item() for s in range(40)])
+    trainings = [Training(), Training()]
+
+    def work(n: int) -> None:
+        try:
+            training = trainings[n]
+            training.model[3] = nn.Identity()
+            found[n] = [training.compiled(*training.batch(5 + 40 * n, seed=s)).item() for s in range(40)]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert [found[0], found[1]] == expected
+
+
+def test_one_step_in_two_threads() -> None:
+    run = compile_step(lambda x: (x * 2).sum())
+    wrong: list[Any] = []
+
+    def work(seed: int) -> None:
+        for n in range(60):
+            x = _x(3 + n % 4, seed=seed)
+            if run(x).item() != (x * 2).sum():
+                wrong.append(n)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
