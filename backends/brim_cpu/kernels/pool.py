@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from brim_cpu.blocks import as_float32, carve, carve_bytes
+from brim_cpu.kernels.conv import is_channels_last
 from brim_cpu.registry import kernel
 from brim_cpu.windows import window_slices
 
 Parts = tuple[tuple[tuple[int, ...], Any], ...]
 
 
+def _ordered(buffer: Any, shape: Any, like: Any) -> Any:
+    """A flat buffer as an image (C, H, W) whose axes lie in memory as those of one of ``like`` (N, C, H, W)."""
+    if is_channels_last(like):
+        return buffer.reshape(shape[1], shape[2], shape[0]).transpose(2, 0, 1)
+    return buffer.reshape(shape)
+
+
 def _max_parts(out_shape: Any) -> Parts:
-    return ((out_shape[1:], "bool"), (out_shape[1:], "bool"), (out_shape[2:], "int32"))
+    size = math.prod(out_shape[1:])
+    return (((size,), "bool"), ((size,), "bool"), (out_shape[2:], "int32"))
 
 
 @kernel("max_pool2d", scratch=lambda ins, outs, **_: carve_bytes(*_max_parts(outs[0].shape)))
 def _max_pool(outs: Any, x: Any, *, scratch: Any, kernel: Any, **how: Any) -> None:
     out, index = outs
     taken, nan, position = carve(scratch, *_max_parts(out.shape))
+    taken, nan = (_ordered(buffer, out.shape[1:], out) for buffer in (taken, nan))
     height, width = x.shape[2:]
     for n in range(x.shape[0]):
         out[n].fill(-np.inf)
@@ -42,29 +53,46 @@ def _max_pool(outs: Any, x: Any, *, scratch: Any, kernel: Any, **how: Any) -> No
         np.maximum(index[n], 0, out=index[n])  # a dilated window may step over the whole image
 
 
-@kernel("max_pool2d_grad", scratch=lambda ins, outs, **_: carve_bytes(*_grad_parts(outs[0])))
+def _flat_parts(images: Any, windows: Any) -> Parts:
+    """Scratch: an image, and of one image's windows the values and where they lie."""
+    wide = as_float32(np.dtype(images.dtype))
+    image, window = math.prod(images.shape[1:]), math.prod(windows.shape[1:])
+    return (((image,), wide), ((window,), wide), ((window,), np.intp))
+
+
+def _flat_index(buffer: Any, index: Any, size: Any, like: Any) -> Any:
+    """Indices (C, H, W) within each channel's plane as indices into an image of ``size`` in the order of ``like``."""
+    flat = _ordered(buffer, index.shape, like)
+    channels = np.arange(index.shape[0])[:, None, None]
+    if is_channels_last(like):
+        np.multiply(index, index.shape[0], out=flat)
+    else:
+        np.copyto(flat, index)
+        channels *= size[0] * size[1]
+    return np.add(flat, channels, out=flat)
+
+
+@kernel("max_pool2d_grad", scratch=lambda ins, outs, **_: carve_bytes(*_flat_parts(outs[0], ins[0])))
 def _max_pool_grad(out: Any, g: Any, index: Any, *, size: Any, scratch: Any) -> None:
-    (plane,) = carve(scratch, *_grad_parts(out))
-    flat = plane.reshape(-1)
+    plane, values, places = carve(scratch, *_flat_parts(out, g))
+    image, ordered = _ordered(plane, out.shape[1:], out), _ordered(values, g.shape[1:], out)
     for n in range(out.shape[0]):
-        for c in range(out.shape[1]):
-            plane.fill(0)
-            for row in range(g.shape[2]):
-                np.add.at(flat, index[n, c, row], g[n, c, row].astype(flat.dtype, copy=False))
-            np.copyto(out[n, c], plane, casting="unsafe")
+        plane.fill(0)
+        np.copyto(ordered, g[n], casting="unsafe")
+        _flat_index(places, index[n], size, out)
+        np.add.at(plane, places, values)
+        np.copyto(out[n], image, casting="unsafe")
 
 
-def _grad_parts(out: Any) -> Parts:
-    return ((tuple(out.shape[2:]), as_float32(out.dtype)),)
-
-
-@kernel("max_pool2d_pick", contiguous=(0,))
+@kernel("max_pool2d_pick", scratch=lambda ins, outs, **_: carve_bytes(*_flat_parts(ins[0], outs[0])))
 def _max_pool_pick(out: Any, x: Any, index: Any, *, scratch: Any = None) -> None:
+    plane, values, places = carve(scratch, *_flat_parts(x, out))
+    image, ordered = _ordered(plane, x.shape[1:], out), _ordered(values, out.shape[1:], out)
     for n in range(out.shape[0]):
-        for c in range(out.shape[1]):
-            flat = x[n, c].reshape(-1)
-            for row in range(out.shape[2]):
-                out[n, c, row] = flat[index[n, c, row]]
+        np.copyto(image, x[n], casting="unsafe")
+        _flat_index(places, index[n], x.shape[2:], out)
+        np.take(plane, places, out=values, mode="clip")
+        np.copyto(out[n], ordered, casting="unsafe")
 
 
 def _factors(size: int, out: int, kernel: int, stride: int, padding: int, inside_only: bool) -> Any:
@@ -78,7 +106,7 @@ def _factors(size: int, out: int, kernel: int, stride: int, padding: int, inside
 
 def _avg_parts(images: Any, windows: Any) -> Parts:
     wide = as_float32(np.dtype(images.dtype))
-    return ((tuple(images.shape[1:]), wide), (tuple(windows.shape[1:]), wide))
+    return (((math.prod(images.shape[1:]),), wide), ((math.prod(windows.shape[1:]),), wide))
 
 
 def _scale(windows: Any, size: Any, kernel: Any, stride: Any, padding: Any, count_include_pad: bool) -> None:
@@ -94,6 +122,7 @@ def _avg_pool(
     out: Any, x: Any, *, scratch: Any, kernel: Any, stride: Any, padding: Any, count_include_pad: bool
 ) -> None:
     image, total = carve(scratch, *_avg_parts(x, out))
+    image, total = _ordered(image, x.shape[1:], out), _ordered(total, out.shape[1:], out)
     size = x.shape[2:]
     for n in range(x.shape[0]):
         np.copyto(image, x[n], casting="unsafe")
@@ -110,6 +139,7 @@ def _avg_pool_grad(
     out: Any, g: Any, *, size: Any, scratch: Any, kernel: Any, stride: Any, padding: Any, count_include_pad: bool
 ) -> None:
     image, share = carve(scratch, *_avg_parts(out, g))
+    image, share = _ordered(image, out.shape[1:], out), _ordered(share, g.shape[1:], out)
     for n in range(out.shape[0]):
         np.copyto(share, g[n], casting="unsafe")
         _scale(share, size, kernel, stride, padding, count_include_pad)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from brim.program.ir import Program
 from brim.program.passes.liveness import live_bytes
-from brim.program.passes.recompute import blocks, extra_arithmetic, matcher, recompute, shortened
+from brim.program.passes.recompute import blocks, extra_arithmetic, matcher, prefixes, recompute, shortened
 
 __all__ = ["Choice", "choose"]
 
@@ -145,29 +145,26 @@ class _Search:
 
     def families(self) -> list[tuple[str, ...]]:
         """Sets of blocks, of each the one first that saves most bytes for its arithmetic."""
-        measured = {name: (saved, cost) for name, saved, cost in blocks(self.program)}
-        names = sorted(measured, key=lambda name: (-measured[name][0] / max(1, measured[name][1]), name))
+        names = _best_first(blocks(self.program))
         deepest = max((name.count(".") for name in names), default=-1)
         found = [
             tuple(n for n in names if n.count(".") == depth or (n.count(".") < depth and not _has_inside(n, names)))
             for depth in range(deepest + 1)
         ]
         children: dict[str, list[int]] = {}
-        for name in names:
+        for name in prefixes(self.program):
             parent, _, last = name.rpartition(".")
             if last.isdecimal():
                 children.setdefault(parent, []).append(int(last))
         for parent, numbers in sorted(children.items()):
             numbers.sort()
             prefix = parent + "." if parent else ""
-            outside = tuple(
-                n for n in names if n.count(".") == parent.count(".") + bool(parent) and not n.startswith(prefix)
-            ) if parent else ()  # fmt: skip
+            outside = tuple(n for n in names if n.count(".") == prefix.count(".") and not n.startswith(prefix))
             lengths = {2, 3, 4, 6, 8, 12, 16, math.isqrt(len(numbers)), math.isqrt(len(numbers) - 1) + 1}
             for length in sorted(n for n in lengths if 2 <= n < len(numbers)):
                 pieces = [numbers[i : i + length] for i in range(0, len(numbers), length)]
-                ranges = tuple(f"{prefix}{p[0]}..{p[-1]}" if len(p) > 1 else f"{prefix}{p[0]}" for p in pieces)
-                found.append((*ranges, *outside))
+                ranges = [f"{prefix}{p[0]}..{p[-1]}" if len(p) > 1 else f"{prefix}{p[0]}" for p in pieces]
+                found.append((*_best_first(blocks(self.program, ranges)), *outside))
         return list(dict.fromkeys(family for family in found if family))
 
     def shortest(self, family: tuple[str, ...], limit_bytes: int) -> tuple[str, ...]:
@@ -194,6 +191,11 @@ class _Search:
             if self.estimate(less) <= limit_bytes and self.planned(less).fits:
                 best = self.planned(less)
         return best
+
+
+def _best_first(measured: list[tuple[str, int, int]]) -> list[str]:
+    """Names of blocks, those first that save most bytes for their arithmetic."""
+    return [name for name, saved, cost in sorted(measured, key=lambda one: (-one[1] / max(1, one[2]), one[0]))]
 
 
 def _has_inside(name: str, names: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from brim.program.ir import STORE, Instruction, Program, Ref, Value, is_pure
 
-__all__ = ["arithmetic", "blocks", "expanded", "extra_arithmetic", "matcher", "recompute", "shortened"]
+__all__ = ["arithmetic", "blocks", "expanded", "extra_arithmetic", "matcher", "prefixes", "recompute", "shortened"]
 
 
 def recompute(program: Program, layers: Sequence[str]) -> Program:
@@ -55,25 +55,34 @@ def recompute(program: Program, layers: Sequence[str]) -> Program:
     return program.with_instructions(made)
 
 
-def blocks(program: Program) -> list[tuple[str, int, int]]:
-    """Blocks that could be recomputed: (layer path, bytes that need not be kept any more, extra arithmetic).
+def blocks(program: Program, names: Iterable[str] | None = None) -> list[tuple[str, int, int]]:
+    """Blocks that could be recomputed: (name, bytes that need not be kept any more, extra arithmetic).
 
-    Every dotted prefix of a layer that has forward instructions and something that only it keeps, in the order of
-    first use. Extra arithmetic is in floating-point operations, see ``arithmetic``.
+    Arguments:
+        names: which blocks to look at; by default every dotted prefix of a layer that has forward instructions, in the
+            order of first use.
+
+    Returns:
+        Those that save anything. Extra arithmetic is in floating-point operations: see ``arithmetic``.
     """
     analysis = _Analysis(program)
-    names: dict[str, None] = {}
-    for instruction in program.instructions:
-        if instruction.phase == "forward" and instruction.layer:
-            parts = instruction.layer.split(".")
-            names.update(dict.fromkeys(".".join(parts[: depth + 1]) for depth in range(len(parts))))
     found = []
-    for name in names:
+    for name in prefixes(program) if names is None else names:
         replays = analysis.replays([name])
         saved = sum(one.saved_bytes for one in replays)
         if saved > 0:
             found.append((name, saved, sum(arithmetic(i) for one in replays for i in one.instructions)))
     return found
+
+
+def prefixes(program: Program) -> list[str]:
+    """Every dotted prefix of a layer that has forward instructions, in the order of first use."""
+    found: dict[str, None] = {}
+    for instruction in program.instructions:
+        if instruction.phase == "forward" and instruction.layer:
+            parts = instruction.layer.split(".")
+            found.update(dict.fromkeys(".".join(parts[: depth + 1]) for depth in range(len(parts))))
+    return list(found)
 
 
 def arithmetic(instruction: Instruction) -> int:
