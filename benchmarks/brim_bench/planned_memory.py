@@ -3,13 +3,13 @@
     python -m brim_bench.planned_memory [--only mlp,cnn] [--kinds]
 
 Every network is written once, for either library. Counted is the same on both sides, in bytes as asked for by the
-library: parameters, gradients, optimizer state, inputs, activations, temporaries. brim's figures also contain rounding to
-64 bytes and the workspace of its kernels; what PyTorch's kernels take elsewhere (oneDNN, BLAS) is not in PyTorch's.
+library: parameters, gradients, optimizer state, inputs, activations, temporaries. brim's figures also contain rounding
+to 64 bytes and the workspace of its kernels; what PyTorch's kernels take elsewhere (oneDNN, BLAS) is not in PyTorch's.
 
 Method. brim: ``memory_stats()["peak_bytes"]`` over three compiled steps, from before the model is built. PyTorch: its
-profiler records each allocation and release of its CPU allocator (``profile_memory=True``); the running sum from before
-the model is built to the end of three steps has the peak that is printed. The method is checked first on arrays of known
-size.
+profiler records each allocation and release of its CPU allocator (``profile_memory=True``); the running sum from
+before the model is built to the end of three steps has the peak that is printed. The method is checked first on arrays
+of known size.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def _classes(count: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, count, shape)
 
 
-def _step(lib: Any, loss_of: Callable[[Any, Any], Any], *optimizers: Any, before: Callable[[], Any] | None = None) -> Any:
+def _step(
+    lib: Any, loss_of: Callable[[Any, Any], Any], *optimizers: Any, before: Callable[[], Any] | None = None
+) -> Any:
     def step(x: Any, y: Any) -> Any:
         loss = loss_of(x, y)
         loss.backward()

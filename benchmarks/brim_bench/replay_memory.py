@@ -25,11 +25,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10_000)
     options = parser.parse_args()
     step = brim_step(32, planned=True)
-    for _ in range(3_000):  # CPython keeps up to 2,000 freed tuples of a length: let it fill that list first
-        step()
+    step()
     gc.collect()
-    gc.disable()
+    gc.disable()  # a collection empties CPython's lists of freed tuples, up to 2,000 of each length: let them fill first
     tracemalloc.start()
+    for _ in range(3_000):
+        step()
     before, _ = tracemalloc.get_traced_memory()
     tracemalloc.reset_peak()
     for _ in range(1_000):
