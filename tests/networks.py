@@ -1,8 +1,8 @@
 """Small real networks with their training steps, as a user would write them: what planned steps are tested on.
 
-Each entry of ``NETWORKS`` is a function that builds one: modules, optimizers, the step and what it is called with. Sizes
-are small, and the axes of every array differ where they can, so that a mixed-up axis is noticed; ``times`` multiplies
-the batch where a test wants arrays large enough to be seen.
+Each entry of ``NETWORKS`` is a function that builds one: modules, optimizers, the step and what it is called with.
+Sizes are small, and the axes of every array differ where they can, so that a mixed-up axis is noticed; ``times``
+multiplies the batch where a test wants arrays large enough to be seen.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def mlp(times: int = 1) -> Net:
     """Two layers, Adam."""
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5))
     optimizer = optim.Adam(model.parameters(), lr=0.01)
-    return Net([model], [optimizer], (_classifier(model, optimizer),), _calls(_floats(32 * times, 20), _classes(5, 32 * times)))
+    return Net(
+        [model], [optimizer], (_classifier(model, optimizer),), _calls(_floats(32 * times, 20), _classes(5, 32 * times))
+    )
 
 
 def cnn(times: int = 1) -> Net:
@@ -109,7 +111,12 @@ def cnn(times: int = 1) -> Net:
         nn.Flatten(), nn.Dropout(0.3), nn.Linear(8, 4),
     )  # fmt: skip
     optimizer = optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
-    return Net([model], [optimizer], (_classifier(model, optimizer),), _calls(_floats(6 * times, 2, 12, 12), _classes(4, 6 * times)))
+    return Net(
+        [model],
+        [optimizer],
+        (_classifier(model, optimizer),),
+        _calls(_floats(6 * times, 2, 12, 12), _classes(4, 6 * times)),
+    )
 
 
 class _Residual(nn.Module):
@@ -148,7 +155,12 @@ def residual(times: int = 1) -> Net:
     """Three residual blocks with batch norm, SGD with momentum."""
     model = _ResidualNet()
     optimizer = optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return Net([model], [optimizer], (_classifier(model, optimizer),), _calls(_floats(4 * times, 3, 8, 8), _classes(4, 4 * times)))
+    return Net(
+        [model],
+        [optimizer],
+        (_classifier(model, optimizer),),
+        _calls(_floats(4 * times, 3, 8, 8), _classes(4, 4 * times)),
+    )
 
 
 def recomputed(times: int = 1) -> Net:
@@ -295,7 +307,12 @@ def embedding(times: int = 1) -> Net:
     """Mean of word vectors, one linear layer; the rows that are looked up repeat."""
     model = _Bag()
     optimizer = optim.Adam(model.parameters(), lr=0.05)
-    return Net([model], [optimizer], (_classifier(model, optimizer),), _calls(_classes(30, 8 * times, 5), _classes(3, 8 * times)))
+    return Net(
+        [model],
+        [optimizer],
+        (_classifier(model, optimizer),),
+        _calls(_classes(30, 8 * times, 5), _classes(3, 8 * times)),
+    )
 
 
 def dropout_heavy(times: int = 1) -> Net:
@@ -375,7 +392,9 @@ def mixed_precision(times: int = 1) -> Net:
     """Activations and products in bfloat16, weights and their updates in float32."""
     model = _Half()
     optimizer = optim.AdamW(model.parameters(), lr=0.01)
-    return Net([model], [optimizer], (_classifier(model, optimizer),), _calls(_floats(8 * times, 18), _classes(4, 8 * times)))
+    return Net(
+        [model], [optimizer], (_classifier(model, optimizer),), _calls(_floats(8 * times, 18), _classes(4, 8 * times))
+    )
 
 
 def two_optimizers(times: int = 1) -> Net:
@@ -499,8 +518,8 @@ NETWORKS: dict[str, Callable[..., Net]] = {
     make.__name__: make
     for make in (
         mlp, cnn, residual, recomputed, unet, shared_weights, transformer, embedding, dropout_heavy,
-        accumulation_in_a_step, accumulation_across_calls, mixed_precision, two_optimizers, rmsprop, lstm, hypergradient,
-        clipped, gradient_penalty,
+        accumulation_in_a_step, accumulation_across_calls, mixed_precision, two_optimizers, rmsprop, lstm,
+        hypergradient, clipped, gradient_penalty,
     )
 }  # fmt: skip
 

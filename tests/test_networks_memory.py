@@ -27,8 +27,8 @@ LARGE = {
 """How often the batch is taken where arrays have to be larger than what Python allocates; 16 times for the others."""
 
 TRACEMALLOC_BYTES = 64 * 1024
-"""What Python and NumPy may allocate for themselves during one run: NumPy's iteration buffers, at most 8,192 elements for
-an operand that is strided or converted, and the small objects of the call itself. Arrays of the networks are larger."""
+"""What Python and NumPy may allocate for themselves during one run: NumPy's iteration buffers, at most 8,192 elements
+for an operand that is strided or converted, and the small objects of the call. Arrays of the networks are larger."""
 
 
 def _live_bytes() -> int:

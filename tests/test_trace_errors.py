@@ -198,7 +198,7 @@ def test_a_kept_tensor_is_a_leak() -> None:
         losses.append(loss)
         return loss
 
-    with pytest.raises(TraceError, match="still referenced.*return what you want to keep") as caught:
+    with pytest.raises(TraceError, match=r"still referenced.*return what you want to keep") as caught:
         compile_step(step)(_x(3))
     assert _line_of(step, ".sum()") in str(caught.value)
     with pytest.raises(TraceError, match="has a shape and no values"):
@@ -229,7 +229,7 @@ def test_random_numbers_of_the_host() -> None:
         noise = brim.random.host_generator().standard_normal(3)
         return x + noise
 
-    with pytest.raises(TraceError, match="dropout.*argument"):
+    with pytest.raises(TraceError, match=r"dropout.*argument"):
         compile_step(step)(_x(3))
 
 
@@ -376,7 +376,8 @@ def test_mode() -> None:
         forward(batch[0])
         training.model.eval()
         expected = training.model(brim.asarray(batch[0])).detach().numpy()
-        assert np.array_equal(forward(batch[0]).numpy(), expected)
+        # Not to the last bit: in evaluation, batch norm may be folded into the layer before it.
+        assert np.allclose(forward(batch[0]).numpy(), expected, rtol=1e-5, atol=1e-6)
         training.model.train()
     lines = forward.explain().splitlines()
     assert len(lines) == 2
@@ -472,6 +473,71 @@ def test_a_frozen_parameter() -> None:
             training.model[0].weight.requires_grad_(n % 2 == 0)
             step(*training.batch(seed=n))
     assert one.values() == other.values()
+
+
+def test_flags_that_the_step_itself_turns() -> None:
+    """Two networks against each other: the second half of the step freezes one of them, as it does in eager code."""
+
+    def make() -> tuple[list[Any], Callable[..., Any]]:
+        brim.manual_seed(1)
+        maker, judge = nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1))
+        optimizers = optim.Adam(maker.parameters(), lr=0.01), optim.Adam(judge.parameters(), lr=0.01)
+
+        def step(noise: Any, real: Any) -> Any:
+            made = maker(noise)
+            for loss, frozen in ((judge(made.detach()) - judge(real), False), (-judge(made), True)):
+                judge.requires_grad_(not frozen)
+                loss = loss.mean() if not frozen else (-judge(made)).mean()
+                loss.backward()
+                optimizers[frozen is False].step()
+                optimizers[frozen is False].zero_grad()
+            judge.requires_grad_(True)
+            return loss
+
+        return [maker, judge], step
+
+    batches = [(_x(6, 3, seed=n), _x(6, 4, seed=10 + n)) for n in range(4)]
+    modules, step = make()
+    losses = [step(*map(brim.asarray, batch)).item() for batch in batches]
+    others, other_step = make()
+    run = compile_step(other_step)
+    assert [run(*batch).item() for batch in batches] == losses
+    assert len(run.explain().splitlines()) == 1
+    for one, other in zip(modules, others):
+        for p, q in zip(one.parameters(), other.parameters()):
+            assert np.array_equal(p.detach().numpy(), q.detach().numpy())
+
+
+def test_a_setting_of_a_layer() -> None:
+    one, other = Training(), Training()
+    for training, step in ((one, one.compiled), (other, other.step)):
+        brim.manual_seed(5)
+        for n, p in enumerate((0.2, 0.2, 0.5, 0.5, 0.2)):
+            training.model[3].p = p
+            step(*training.batch(seed=n))
+    assert one.values() == other.values()
+    assert len(one.traces()) == 2  # the first program serves again
+    assert "Dropout.p changed from 0.2 to 0.5" in one.traces()[1]
+
+
+def test_a_layer_that_counts_its_calls() -> None:
+    """It counts when it is traced only, and that is no reason to trace again."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: Any) -> Any:
+            self.calls += 1
+            return x * 2
+
+    model = Counting()
+    run = compile_step(model)
+    for _ in range(3):
+        run(_x(3))
+    assert model.calls == 1
+    assert len(run.explain().splitlines()) == 1
 
 
 def test_the_cache_is_bounded() -> None:
@@ -637,6 +703,12 @@ def test_a_number_and_its_type_are_part_of_the_program() -> None:
     assert run(np.array([2, 3]), 2).dtype == np.int64
     assert run(np.array([2, 3]), 2.0).dtype == np.float32
     assert run(np.array([2, 3]), True).dtype == np.int64
+    for zero in (0.0, -0.0, 0.0):
+        assert np.signbit(run(np.ones(3, np.float32), zero).numpy()).tolist() == [np.signbit(zero)] * 3
+    traces = len(run.explain().splitlines())
+    for _ in range(3):
+        assert np.isnan(run(np.ones(3, np.float32), float("nan")).numpy()).all()
+    assert len(run.explain().splitlines()) == traces + 1
 
 
 def test_keyword_and_positional_arguments() -> None:
@@ -671,7 +743,7 @@ def test_results_are_copies() -> None:
     first = run(_x(3))
     for result in first:
         result.write(77.0)
-    assert not weight.numpy().tolist() == [77.0] * 3
+    assert weight.numpy().tolist() == [1.0] * 3
     second = run(_x(3))
     assert np.array_equal(second[0].numpy(), _x(3) * 2)
     assert np.array_equal(second[1].numpy(), _x(3))

@@ -27,6 +27,7 @@ from brim.program.passes.half_activations import half_activations
 from brim.program.passes.recompute import matcher
 from brim.program.passes.recompute import recompute as recompute_pass
 from brim.program.plan import Options, Plan, PlannedProgram, residents_of
+from brim.program.profiles import ProfileDevice, profile_facts
 from brim.program.run import Runner
 from brim.program.trace import MetaState, is_argument, trace
 from brim.program.traced import TracedStep, is_hole
@@ -59,8 +60,9 @@ def trace_step(
     fn: Callable[..., Any], arguments: Any, specs: Sequence[tuple[Spec, bool]], target: Device
 ) -> tuple[TracedStep, bool]:
     """Trace on the target device, or on the meta device when the model's tensors are there; tells which."""
+    place = target.stands_on if isinstance(target, ProfileDevice) else target
     try:
-        return trace(fn, arguments, specs, target, target), False
+        return trace(fn, arguments, specs, place, target), False
     except MetaState:
         return trace(fn, arguments, specs, find_device(META), target), True
 
@@ -217,7 +219,8 @@ class CompiledStep:
     ) -> Plan:
         shapes = [tuple(leaf.shape) for leaf in leaves]
         replan = self._replan(arguments, leaves, device)
-        return Plan([entry], device.name, self.name, self.budget, replan, shapes, options=options)
+        facts = profile_facts(device)
+        return Plan([entry], device.name, self.name, self.budget, replan, shapes, options=options, **facts)
 
     def _compile(self, arguments: Any, leaves: Sequence[Any], options: Options | None = None) -> _Compiled:
         """A version for these arguments. ``options`` are given where a search has found what fits."""
@@ -364,7 +367,12 @@ def compile(
 
 
 def plan(
-    fn: Callable[..., Any], *args: Any, device: Any = None, budget: BudgetLike | None = None, **kwargs: Any
+    fn: Callable[..., Any],
+    *args: Any,
+    device: Any = None,
+    budget: BudgetLike | None = None,
+    device_profile: str | None = None,
+    **kwargs: Any,
 ) -> Plan:
     """What a step will need, before anything is allocated or run.
 
@@ -373,9 +381,13 @@ def plan(
         args, kwargs: its arguments; ``brim.spec(shape, dtype)`` stands for a tensor that need not exist.
         device: device to plan for; the default device when None.
         budget: recorded in the plan for its reports.
+        device_profile: plan for this card instead (``brim.program.profiles.PROFILES``); everything is estimated then.
 
     Raises:
         TraceError: the step cannot be planned; the message names the line and the way out.
     """
+    if device_profile is not None:
+        device = ProfileDevice(device_profile, find_device(device))
+        fn = fn.fn if isinstance(fn, CompiledStep) else fn
     step = fn if isinstance(fn, CompiledStep) else CompiledStep(fn, budget=budget, device=device)
     return step.plan(*args, **kwargs)

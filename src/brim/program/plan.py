@@ -26,6 +26,7 @@ from brim.program.document import document
 from brim.program.html import to_html
 from brim.program.ir import Program, Value
 from brim.program.lower import Prepared
+from brim.program.profiles import find_profile
 from brim.units import format_bytes
 
 __all__ = [
@@ -347,9 +348,15 @@ class Plan:
     # ---------------------------------------------------------------- budgets
 
     def limit_bytes(self, budget: BudgetLike) -> int | None:
-        """What a budget comes to for this plan's device."""
+        """What a budget comes to for this plan's device; bytes are what they say, whatever this machine has."""
+        parsed = parse_budget(budget, self.device)
+        if parsed.kind == "bytes":
+            return int(parsed.amount)
+        if self.profile is not None:
+            total_bytes = find_profile(self.profile).memory_bytes
+            return parsed.resolve(total_bytes, total_bytes)
         host = read_host_memory()
-        return parse_budget(budget, self.device).resolve(host.limit_bytes, host.available_bytes, host.headroom_bytes)
+        return parsed.resolve(host.limit_bytes, host.available_bytes, host.headroom_bytes)
 
     def fits(self, budget: BudgetLike) -> bool:
         """True when the peak is within the budget (equality fits)."""

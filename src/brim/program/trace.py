@@ -249,12 +249,14 @@ class Tracer(Eager):
 
     def note_flag(self, tensor: Tensor) -> None:
         """Remember whether a tensor requires gradients, before the step changes or uses that."""
-        if type(tensor._block) is not TraceBlock:
+        block: Any = tensor._block
+        if type(block) is not TraceBlock:
             self._flags.setdefault(id(tensor), (tensor, tensor._requires_grad))
 
     def note_gradient(self, tensor: Tensor, event: str | None) -> None:
         """Remember a tensor's ``.grad`` before the step changes it, and whether the step depends on what it was."""
-        if type(tensor._block) is TraceBlock:
+        block: Any = tensor._block
+        if type(block) is TraceBlock:
             return
         leaf = self._leaves.get(id(tensor))
         if leaf is None:
@@ -336,7 +338,8 @@ class Tracer(Eager):
         return step
 
     def _finish_gradients(self) -> tuple[list[Any], list[Any]]:
-        after, guards = [], []
+        after: list[Any] = []
+        guards: list[Any] = []
         for leaf in self._leaves.values():
             final = leaf.tensor._grad
             if leaf.consulted:

@@ -66,7 +66,7 @@ class ModuleForm:
         self.settings: dict[str, Any] = {}
 
     def settle(self) -> None:
-        """Note the settings as the trace leaves them: what the step itself counts in them is no reason to trace again."""
+        """Note the settings as the trace leaves them: what the step itself changes is no reason to trace again."""
         self.settings = {name: value for name, value in self.module.__dict__.items() if type(value) in _PLAIN}
 
     def change(self) -> str:
@@ -120,7 +120,7 @@ class TracedStep:
     created_keys: list[Any]
 
     def change(self) -> str:
-        """How the modules and tensors differ from what was traced, or an empty string; ``context.modes`` says when to ask."""
+        """How modules and tensors differ from those traced, or an empty string; ``context.modes`` says when to ask."""
         for form in self.modules:
             if found := form.change():
                 return found

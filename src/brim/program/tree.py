@@ -31,6 +31,8 @@ def _key(node: Any, is_leaf: Callable[[Any], bool], leaves: list[Any]) -> Any:
         return (type(node), *[_key(part, is_leaf, leaves) for part in node])
     if isinstance(node, dict):
         return (dict, *[(key, _key(value, is_leaf, leaves)) for key, value in node.items()])
+    if type(node) is float:  # 0.0 equals -0.0, and NaN not even itself
+        return ("object", float, node.hex())
     try:
         hash(node)
     except TypeError:

@@ -24,6 +24,7 @@ from brim.program.batch import BatchSearch
 from brim.program.compile import CompiledStep
 from brim.program.fit import choose_recomputation, describe, remedies
 from brim.program.plan import Plan, PlannedProgram
+from brim.program.profiles import ProfileDevice, profile_facts
 from brim.spec import Spec
 from brim.tensor import Tensor, asarray
 from brim.train.batches import Batch, TrainingBatch, resized
@@ -75,6 +76,14 @@ class PlannedSteps:
         self._evaluate = CompiledStep(steps.evaluate, name="evaluation", device=device, copy=False)
         self._predict = CompiledStep(steps.predict, name="prediction", device=device, copy=False)
 
+    def on_profile(self, name: str) -> PlannedSteps:
+        """The same steps, to be planned for the card that a profile describes; they cannot be run there."""
+        options = self._train.options
+        device = ProfileDevice(name, self.device)
+        made = PlannedSteps(self.steps, device, recompute=options.recompute, activations=options.activations)
+        made.parts = self.parts
+        return made
+
     # ---------------------------------------------------------------- running
 
     def train(self, inputs: Any, targets: Any, first: bool, last: bool) -> Any:
@@ -120,29 +129,48 @@ class PlannedSteps:
         """
         used = self.parts if parts is None else parts
         largest = train[0][0][0].shape[0]
+        whole: list[tuple[str, Plan, bool]] = []  # programs of whole batches: what other batch sizes are planned with
         programs = []
         with hinting(), mode(self.steps.model, True):
             for batch, first, last in train:
                 name = "training step" if batch[0].shape[0] == largest else "last batch"
                 if not last:
                     name = "first gradients" if first else "further gradients"
-                programs.append(_named(name, self._train.plan(*batch, first, last, used)))
+                one = self._train.plan(*batch, first, last, used)
+                programs.append(_named(name, one))
+                if batch[0].shape[0] == largest:
+                    whole.append((name, one, True))
         with hinting(), evaluating(self.steps.model):
             for number, batch in enumerate(evaluation):
                 name = "evaluation" if number == 0 else "last evaluation batch"
-                programs.append(_named(name, self._evaluate.plan(*batch)))
+                one = self._evaluate.plan(*batch)
+                programs.append(_named(name, one))
+                if number == 0:
+                    whole.append((name, one, False))
+        return self._joined(programs, whole, self._alternatives(train) if used == self.parts else [])
 
+    def _joined(
+        self,
+        programs: Sequence[PlannedProgram],
+        whole: Sequence[tuple[str, Plan, bool]],
+        alternatives: Sequence[tuple[str, Callable[[], Plan]]] = (),
+    ) -> Plan:
         def replan(shapes: list[tuple[int, ...]]) -> Plan:
-            size = shapes[0][0]  # partial batches are left out: they need less than whole ones
-            whole = [(resized(b, size), first, last) for b, first, last in train if b[0].shape[0] == largest]
-            return self.plan(whole, [resized(b, size) for b in evaluation[:1]], used)
+            found = []
+            for name, one, is_training in whole:  # partial batches are left out: they need less than whole ones
+                assert one.replan is not None
+                with mode(self.steps.model, True) if is_training else evaluating(self.steps.model):
+                    made = one.replan([(shapes[0][0], *shape[1:]) for shape in one.input_shapes])
+                found.append((name, made, is_training))
+            return self._joined([_named(name, made) for name, made, _ in found], found)
 
-        shapes = [one.shape for one in train[0][0]]
-        alternatives = self._alternatives(train) if used == self.parts else []
+        shapes = whole[0][1].input_shapes
         options = self._train.options
+        facts = profile_facts(self.device)
         return Plan(
-            programs, self.device.name, "training step", None, replan, shapes, options=options, alternatives=alternatives
-        )
+            programs, self.device.name, "training step", None, replan, shapes,
+            options=options, alternatives=alternatives, **facts,
+        )  # fmt: skip
 
     def admit(
         self, train: Sequence[TrainingBatch], evaluation: Sequence[Batch], fit: str | None, tell: Callable[[str], Any]

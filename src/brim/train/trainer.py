@@ -139,7 +139,9 @@ class Trainer:
         data: Any = None,
         inputs: Spec | None = None,
         targets: Spec | None = None,
+        validation: Any = None,
         evaluation: bool = True,
+        device_profile: str | None = None,
     ) -> Plan:
         """What training will need, before anything is allocated or run; works for a model on the meta device too.
 
@@ -150,7 +152,9 @@ class Trainer:
             batch_size: samples in a batch.
             data: a dataset of (inputs, targets) or a DataLoader: also plans the smaller last batch of an epoch.
             inputs, targets: ``brim.spec(shape, dtype)`` with the batch as the first axis.
-            evaluation: also plan the evaluation of such batches.
+            validation: a dataset whose evaluation is planned, too; without one, that of the training's batches.
+            evaluation: False plans the training alone.
+            device_profile: plan for this card instead (``brim.program.profiles``); everything is estimated then.
 
         Raises:
             ValueError: the shapes cannot be inferred; the message says what to pass.
@@ -159,13 +163,19 @@ class Trainer:
         run = self._run
         if not isinstance(run, PlannedSteps):
             raise ValueError("plan() needs planned steps: leave compile=False out")
+        if device_profile is not None:
+            run = run.on_profile(device_profile)
         if data is not None:
             loader = data if isinstance(data, DataLoader) else self._loader(data, batch_size or 64, shuffle=True)
-            batches, count = batches_of_loader(loader, batch_size), len(loader)
+            batches = batches_of_loader(loader, batch_size)
+            count = -(-loader.num_samples // batches[0][0].shape[0]) if len(batches) > 1 else len(loader)
         else:
             batches = [infer_batch(self.model, self.loss, batch_size, inputs, targets, run.output_spec)]
             count = self.accumulate
-        return run.plan(training_batches(batches, count, self.accumulate), batches if evaluation else ())
+        held_out = batches if evaluation else []
+        if validation is not None:
+            held_out = batches_of_loader(self._loader(validation, batches[0][0].shape[0], False))
+        return run.plan(training_batches(batches, count, self.accumulate), held_out)
 
     def _admit(self, loader: DataLoader, validation: Any, progress: Progress) -> None:
         """Plan all that ``fit`` will run, hold it against the budget, say what it comes to."""
