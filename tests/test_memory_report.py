@@ -228,7 +228,7 @@ def test_kinds_add_up_in_the_text() -> None:
 
 def test_order_of_kinds() -> None:
     assert KINDS == (
-        "params", "buffers", "grads", "optimizer", "activations", "temps", "inputs", "workspace", "rounding",
+        "params", "buffers", "grads", "optimizer", "activations", "temps", "inputs", "workspace", "arena", "rounding",
         "holes", "overhead", "unattributed",
     )  # fmt: skip
 

@@ -74,7 +74,7 @@ class CpuBackend:
         library = record.library(ins, outs, **params) if record.library else 0
         flags = record.contiguous
         contiguous = (flags,) * len(ins) if isinstance(flags, bool) else tuple(i in flags for i in range(len(ins)))
-        return BoundKernel(record.run, scratch, library, contiguous, record.aliasing)
+        return BoundKernel(record.run, scratch, library, contiguous, record.aliasing, record.prepare)
 
     def running(self) -> AbstractContextManager[Any]:
         """Floating-point exceptions give inf and nan, as on every device, and no warnings."""

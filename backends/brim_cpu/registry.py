@@ -25,6 +25,7 @@ class KernelRecord:
         library: upper bound of the bytes a NumPy call inside allocates and frees by itself (sorting has no ``out=``).
         contiguous: True: all inputs must be row-major; or the indices of those that must be.
         aliasing: an output may be one of the inputs, element for element.
+        prepare: called as ``run`` is, gives calls that do the same with everything bound, or None (``BoundKernel``).
     """
 
     run: Callable[..., None]
@@ -32,6 +33,7 @@ class KernelRecord:
     library: Callable[..., int] | None = None
     contiguous: bool | tuple[int, ...] = False
     aliasing: bool = False
+    prepare: Callable[..., list[Callable[[], None]] | None] | None = None
 
 
 KERNELS: dict[str, KernelRecord] = {}
@@ -44,6 +46,7 @@ def kernel(
     library: Callable[..., int] | None = None,
     contiguous: bool | tuple[int, ...] = False,
     aliasing: bool = False,
+    prepare: Callable[..., list[Callable[[], None]] | None] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: register a NumPy kernel for the op ``name``.
 
@@ -53,7 +56,7 @@ def kernel(
     def register(run: Callable[..., None]) -> Callable[..., None]:
         if name in KERNELS:
             raise ValueError(f"a CPU kernel for {name!r} exists already")
-        KERNELS[name] = KernelRecord(run, scratch, library, contiguous, aliasing)
+        KERNELS[name] = KernelRecord(run, scratch, library, contiguous, aliasing, prepare)
         return run
 
     return register

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from operator import setitem
 from typing import Any
 
 import numpy as np
@@ -12,12 +15,13 @@ from brim_cpu.registry import kernel
 _ROWS = 4096  # rows handled at once; the scratch is three small arrays of this length
 
 
-def _parts() -> tuple[tuple[tuple[int, ...], Any], ...]:
-    return (((_ROWS,), "int64"), ((_ROWS,), "int64"), ((_ROWS,), "bool"))
+def _parts(rows: int) -> tuple[tuple[tuple[int, ...], Any], ...]:
+    at_once = min(rows, _ROWS)
+    return (((at_once,), "int64"), ((at_once,), "int64"), ((at_once,), "bool"))
 
 
 def _scratch(ins: Any, outs: Any, **params: Any) -> int:
-    return carve_bytes(*_parts())
+    return carve_bytes(*_parts(ins[1].shape[0]))
 
 
 def _classes(index: Any, chosen: Any, ignored: Any, classes: int, ignore_index: int) -> None:
@@ -33,9 +37,22 @@ def _classes(index: Any, chosen: Any, ignored: Any, classes: int, ignore_index: 
         )
 
 
-@kernel("pick_classes", scratch=_scratch)
+def _prepare_pick(out: Any, x: Any, index: Any, *, ignore_index: int, scratch: Any) -> list[Callable[[], None]] | None:
+    if not 0 < len(index) <= _ROWS or not (x.flags.c_contiguous and out.flags.c_contiguous):
+        return None
+    chosen, starts, ignored = carve(scratch, *_parts(len(index)))
+    return [
+        partial(_classes, index, chosen, ignored, x.shape[1], ignore_index),
+        partial(_row_starts, starts, x.shape[1]),
+        partial(np.add, chosen, starts, out=chosen),
+        partial(np.take, x.reshape(-1), chosen, out=out, mode="clip"),
+        partial(np.copyto, out, out.dtype.type(0), where=ignored),
+    ]
+
+
+@kernel("pick_classes", scratch=_scratch, prepare=_prepare_pick)
 def _pick_classes(out: Any, x: Any, index: Any, *, ignore_index: int, scratch: Any) -> None:
-    chosen, mask_source, ignored = carve(scratch, *_parts())
+    chosen, mask_source, ignored = carve(scratch, *_parts(index.shape[0]))
     classes = x.shape[1]
     for rows in row_blocks(out.shape[0], 1, _ROWS):
         n = rows.stop - rows.start
@@ -57,9 +74,25 @@ def _row_starts(out: Any, classes: int) -> Any:
     return out
 
 
-@kernel("put_classes", scratch=_scratch)
+def _prepare_put(
+    out: Any, g: Any, index: Any, *, classes: int, ignore_index: int, scratch: Any
+) -> list[Callable[[], None]] | None:
+    if not 0 < len(index) <= _ROWS or not out.flags.c_contiguous:
+        return None
+    chosen, starts, ignored = carve(scratch, *_parts(len(index)))
+    return [
+        partial(out.fill, 0),
+        partial(_classes, index, chosen, ignored, classes, ignore_index),
+        partial(_row_starts, starts, classes),
+        partial(np.add, chosen, starts, out=chosen),
+        partial(setitem, out.reshape(-1), chosen, g),
+        partial(np.copyto, out[:, 0], out.dtype.type(0), where=ignored),
+    ]
+
+
+@kernel("put_classes", scratch=_scratch, prepare=_prepare_put)
 def _put_classes(out: Any, g: Any, index: Any, *, classes: int, ignore_index: int, scratch: Any) -> None:
-    chosen, starts, ignored = carve(scratch, *_parts())
+    chosen, starts, ignored = carve(scratch, *_parts(index.shape[0]))
     out.fill(0)
     for rows in row_blocks(g.shape[0], 1, _ROWS):
         n = rows.stop - rows.start
@@ -71,5 +104,4 @@ def _put_classes(out: Any, g: Any, index: Any, *, classes: int, ignore_index: in
         else:
             for row in range(n):
                 part[row, chosen[row]] = g[rows.start + row]
-        for skipped in np.flatnonzero(ignored[:n]):
-            part[skipped].fill(0)
+        np.copyto(part[:, 0], out.dtype.type(0), where=ignored[:n])  # what is ignored was written to class 0

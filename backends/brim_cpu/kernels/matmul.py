@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,13 @@ def _scratch_bytes(ins: Any, outs: Any) -> int:
     return carve_bytes(*_parts(a.shape[-2], a.shape[-1], b.shape[-1])) if _is_half(a.dtype) else 0
 
 
-@kernel("matmul", scratch=_scratch_bytes)
+def _prepare(out: Array, a: Array, b: Array, scratch: Any = None) -> list[Callable[[], None]] | None:
+    if out.size == 0 or a.shape[-1] == 0 or _is_half(out.dtype):
+        return None
+    return [partial(np.matmul, a, b, out=out)]
+
+
+@kernel("matmul", scratch=_scratch_bytes, prepare=_prepare)
 def matmul(out: Array, a: Array, b: Array, scratch: Any = None) -> None:
     if out.size == 0:
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,14 @@ def _reduction(name: str, ufunc: Any, start: Callable[[np.dtype[Any]], Any]) -> 
             _add_block(ufunc, total, x, index, axes, converted, partial)
         np.copyto(out, total.reshape(out.shape), casting="unsafe")
 
-    kernel(name, scratch=scratch_bytes)(run)
+    def prepare(
+        out: Array, x: Array, *, scratch: Any = None, axes: tuple[int, ...], keepdims: bool, wide: bool = False
+    ) -> list[Callable[[], None]] | None:
+        if _blockwise(name, x, axes, _compute_dtype(name, x.dtype)):
+            return None
+        return [partial(ufunc.reduce, x, axis=axes, out=out, keepdims=keepdims)]
+
+    kernel(name, scratch=scratch_bytes, prepare=prepare)(run)
 
 
 def _add_block(
