@@ -27,7 +27,7 @@ def main() -> None:
     step = brim_step(32, planned=True)
     step()
     gc.collect()
-    gc.disable()  # a collection empties CPython's lists of freed tuples, up to 2,000 of each length: let them fill first
+    gc.disable()  # a collection empties CPython's lists of freed tuples (up to 2,000 of each length): let them fill
     tracemalloc.start()
     for _ in range(3_000):
         step()

@@ -38,6 +38,7 @@ from brim.device import set_default_device as set_default_device
 from brim.errors import BudgetExceeded as BudgetExceeded
 from brim.errors import TraceError as TraceError
 from brim.ops import *  # noqa: F403
+from brim.program.audit import audit as audit
 from brim.program.compile import compile as compile
 from brim.program.compile import plan as plan
 from brim.program.compile import spec as spec
