@@ -32,6 +32,12 @@ class CpuBackend:
     kind = "cpu"
     alignment_bytes = 64
     shares_host_memory = True
+    prefers_channels_last: frozenset[str] = frozenset()
+    """Ops for which programs lay images out channels-last: none, so that a program gives the bits of the eager step.
+
+    The kernels of convolution and pooling take either order; channels last they need 10 to 30 % less time (float32, one
+    thread, 3x3 windows), but they add in another order.
+    """
 
     def __init__(self) -> None:
         for family in pkgutil.iter_modules(kernels.__path__):

@@ -60,9 +60,7 @@ class _Unrolled:
         self.dtype = image.dtype
         self.image = image.reshape((*shapes.padded, shapes.c) if last else (shapes.c, *shapes.padded))
         self.inner = self.image[p : p + h, q : q + w] if last else self.image[:, p : p + h, q : q + w]
-        self.matrix_shape = (
-            (shapes.positions, shapes.elements) if self.last else (shapes.elements, shapes.positions)
-        )
+        self.matrix_shape = (shapes.positions, shapes.elements) if self.last else (shapes.elements, shapes.positions)
         self.image.fill(0)
         self.windows = self.windows_of(self.image)
 
@@ -121,9 +119,7 @@ def _filters(buffer: Any, w: Any, groups: int, last: bool, flipped: bool) -> Any
     """Filters as one matrix a group. ``flipped``: of the convolution that goes from outputs back to inputs."""
     o = w.shape[0] // groups
     shape = (groups, o, *w.shape[1:])
-    grouped = w.reshape(shape) if w.flags.c_contiguous else np.lib.stride_tricks.as_strided(
-        w, shape, (o * w.strides[0], *w.strides)
-    )
+    grouped = as_strided(w, shape, (o * w.strides[0], *w.strides))
     if flipped:
         grouped = grouped[..., ::-1, ::-1].swapaxes(1, 2)
     outputs = grouped.shape[1]

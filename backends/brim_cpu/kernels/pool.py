@@ -22,35 +22,49 @@ def _ordered(buffer: Any, shape: Any, like: Any) -> Any:
     return buffer.reshape(shape)
 
 
-def _max_parts(out_shape: Any) -> Parts:
+def _max_parts(x_shape: Any, out_shape: Any) -> Parts:
     size = math.prod(out_shape[1:])
-    return (((size,), "bool"), ((size,), "bool"), (out_shape[2:], "int32"))
+    return (((size,), "bool"), ((size,), "int32"), (x_shape[2:], "int32"))
 
 
-@kernel("max_pool2d", scratch=lambda ins, outs, **_: carve_bytes(*_max_parts(outs[0].shape)))
+@kernel("max_pool2d", scratch=lambda ins, outs, **_: carve_bytes(*_max_parts(ins[0].shape, outs[0].shape)))
 def _max_pool(outs: Any, x: Any, *, scratch: Any, kernel: Any, **how: Any) -> None:
+    """The largest elements first, then the first position at which each lies: copying by a mask would be slower."""
     out, index = outs
-    taken, nan, position = carve(scratch, *_max_parts(out.shape))
-    taken, nan = (_ordered(buffer, out.shape[1:], out) for buffer in (taken, nan))
-    height, width = x.shape[2:]
+    mask, candidates, places = carve(scratch, *_max_parts(x.shape, out.shape))
+    mask, candidates = (_ordered(buffer, out.shape[1:], out) for buffer in (mask, candidates))
+    size = x.shape[2:]
+    end = size[0] * size[1]
+    places.reshape(-1)[:] = np.arange(-end, 0, dtype=np.int32)  # each less than 0, which stands for none
+    windows = list(window_slices(size, out.shape[2:], kernel, **how))
     for n in range(x.shape[0]):
-        out[n].fill(-np.inf)
-        index[n].fill(-1)  # the first element that a window meets is always taken
-        for _, _, into, of in window_slices((height, width), out.shape[2:], kernel, **how):
-            seen, best, where = x[n][:, of[0], of[1]], out[n][:, into[0], into[1]], index[n][:, into[0], into[1]]
-            better, is_nan = taken[:, into[0], into[1]], nan[:, into[0], into[1]]
-            np.greater(seen, best, out=better)
-            np.isnan(seen, out=is_nan)
-            np.logical_or(better, is_nan, out=better)
-            np.less(where, 0, out=is_nan)
-            np.logical_or(better, is_nan, out=better)
-            np.copyto(best, seen, where=better)
-            spot = position[into[0], into[1]]
-            for row in range(spot.shape[0]):
-                first = (of[0].start + row * of[0].step) * width
-                spot[row] = np.arange(first + of[1].start, first + of[1].stop, of[1].step, dtype=np.int32)
-            np.copyto(where, spot, where=better)
-        np.maximum(index[n], 0, out=index[n])  # a dilated window may step over the whole image
+        image, largest, where = x[n], out[n], index[n]
+        largest.fill(-np.inf)
+        for _, _, into, of in windows:
+            best = largest[:, into[0], into[1]]
+            np.maximum(best, image[:, of[0], of[1]], out=best)
+        where.fill(0)
+        for _, _, into, of in windows:
+            here = (slice(None), *into)
+            np.equal(image[:, of[0], of[1]], largest[here], out=mask[here])
+            np.multiply(mask[here], places[of], out=candidates[here])
+            np.minimum(where[here], candidates[here], out=where[here])
+        np.less(where, 0, out=mask)
+        np.add(where, end, out=where)
+        np.multiply(where, mask, out=where)  # a dilated window may step over the whole image
+        np.not_equal(largest, largest, out=mask)
+        if mask.any():
+            _find_nans(where, image, windows, mask, places, end)
+
+
+def _find_nans(where: Any, image: Any, windows: Any, mask: Any, places: Any, end: int) -> None:
+    """The last NaN of each window that has one, as its position."""
+    for _, _, into, of in windows:
+        here = (slice(None), *into)
+        np.isnan(image[:, of[0], of[1]], out=mask[here])
+        np.copyto(where[here], places[of], where=mask[here])
+    np.less(where, 0, out=mask)
+    np.add(where, end, out=where, where=mask)
 
 
 def _flat_parts(images: Any, windows: Any) -> Parts:

@@ -34,9 +34,15 @@ def _compute_dtype(name: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
 def _blockwise(name: str, x: Any, axes: tuple[int, ...], compute: np.dtype[Any]) -> bool:
     if x.dtype != compute:
         return True
-    if name != "sum" or compute != np.float32 or not axes or len(x.shape) - 1 in axes:
+    if name != "sum" or compute != np.float32 or not axes or _memory_order(x)[-1] in axes:
         return False
     return math.prod(x.shape[axis] for axis in axes) > _LONG_COLUMN
+
+
+def _memory_order(x: Any) -> list[int]:
+    """The axes of an array or Spec from the slowest to the one along which neighbours are neighbours in memory."""
+    steps = [abs(step) if dim > 1 else math.inf for dim, step in zip(x.shape, x.strides, strict=True)]
+    return sorted(range(len(steps)), key=lambda axis: -steps[axis])
 
 
 def _parts(x: Any, axes: tuple[int, ...], compute: np.dtype[Any]) -> list[tuple[tuple[int, ...], Any]]:
@@ -60,11 +66,18 @@ def _reduction(name: str, ufunc: Any, start: Callable[[np.dtype[Any]], Any]) -> 
         if not _blockwise(name, x, axes, compute):
             ufunc.reduce(x, axis=axes, out=out, keepdims=keepdims)
             return
+        kept = out.reshape(_kept_shape(x.shape, axes))
+        order = _memory_order(x)
+        x, kept, axes = x.transpose(order), kept.transpose(order), tuple(order.index(axis) for axis in axes)
         total, converted, partial = carve(scratch, *_parts(x, axes, compute))
         total.fill(start(compute))
+        if name == "sum" and x.dtype == compute and _is_table(x, axes):
+            _sum_columns(total.reshape(-1), x.reshape(-1, total.size), converted, partial)
+            np.copyto(kept, total)
+            return
         for index in blocks(x.shape) if x.size else ():
             _add_block(ufunc, total, x, index, axes, converted, partial)
-        np.copyto(out, total.reshape(out.shape), casting="unsafe")
+        np.copyto(kept, total, casting="unsafe")
 
     def prepare(
         out: Array, x: Array, *, scratch: Any = None, axes: tuple[int, ...], keepdims: bool, wide: bool = False
@@ -74,6 +87,23 @@ def _reduction(name: str, ufunc: Any, start: Callable[[np.dtype[Any]], Any]) -> 
         return [partial(ufunc.reduce, x, axis=axes, out=out, keepdims=keepdims)]
 
     kernel(name, scratch=scratch_bytes, prepare=prepare)(run)
+
+
+def _is_table(x: Array, axes: tuple[int, ...]) -> bool:
+    """True when an array is a matrix in memory of which every column is added up."""
+    columns = math.prod(x.shape[len(axes) :])
+    return axes == tuple(range(len(axes))) and x.flags.c_contiguous and 0 < columns <= BLOCK_ELEMENTS
+
+
+def _sum_columns(total: Array, table: Array, ones: Array, partial: Array) -> None:
+    """Add up rows, block by block: a product with ones takes a third of the time of ``np.add.reduce``."""
+    step = max(1, min(table.shape[0], ones.size, BLOCK_ELEMENTS // total.size))
+    ones, partial = ones[:step], partial[: total.size]
+    ones.fill(1)
+    for start in range(0, table.shape[0], step):
+        rows = table[start : start + step]
+        np.matmul(ones[: rows.shape[0]], rows, out=partial)
+        np.add(total, partial, out=total)
 
 
 def _add_block(

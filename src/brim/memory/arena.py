@@ -21,6 +21,7 @@ class Arena:
     Attributes:
         lock: held while a program runs or is bound.
         block: the memory, None before the first program.
+        lent: whether a run has ever handed out results that lie in this memory.
         generation: counts how often the memory moved, so that a program knows when to bind its arrays anew.
         tenants: what is bound to the memory; told to ``release()`` it before it moves.
     """
@@ -30,6 +31,7 @@ class Arena:
         self.lock = threading.RLock()
         self.block: Block | None = None
         self.nbytes = 0
+        self.lent = False
         self.generation = 0
         self.tenants: weakref.WeakSet[Any] = weakref.WeakSet()
 

@@ -118,7 +118,7 @@ def user_site() -> tuple[str, int] | None:
         name = frame.f_globals.get("__name__", "")
         if name.startswith("brim.cli"):
             return None  # started from the command line: there is no user's code
-        if not name.startswith(("brim.", "brim_")) and name != "brim":
+        if not name.startswith(("brim.", "brim_")) and name not in ("brim", "contextlib"):  # decorators lie between
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -54,6 +54,13 @@ class Refusal:
     needed_bytes: int
     available_bytes: int | None
 
+    @property
+    def most_bytes(self) -> int | None:
+        """The most that the device may hold: the budget, or what the machine can give where that is less."""
+        if self.available_bytes is None:
+            return self.limit_bytes
+        return self.device.memory.ledger.live_bytes + self.available_bytes
+
     def needed(self, plan: Plan) -> int:
         """What the device would hold with another plan in this one's place."""
         return needed_bytes(plan, self.device)
@@ -61,8 +68,8 @@ class Refusal:
     def error(self, remedies: Remedies) -> BudgetExceeded:
         """The error to raise, with its report. Plans other variants of the step, so none may be half made."""
         lines: Sequence[str] = []
-        if self.limit_bytes is not None and self.available_bytes is None:
-            lines = remedies(self.plan, self.limit_bytes, self.needed)
+        if self.most_bytes is not None:
+            lines = remedies(self.plan, self.most_bytes, self.needed)
         return budget_exceeded(_report(self, lines))
 
 

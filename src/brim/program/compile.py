@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from brim.program.passes.dead_code import dead_code
 from brim.program.passes.half_activations import half_activations
 from brim.program.passes.recompute import matcher
 from brim.program.passes.recompute import recompute as recompute_pass
+from brim.program.pause import collector_paused
 from brim.program.plan import Options, Plan, PlannedProgram, residents_of
 from brim.program.profiles import ProfileDevice, profile_facts
 from brim.program.run import Runner
@@ -38,6 +40,7 @@ from brim.tensor import Tensor
 __all__ = ["CompiledStep", "compile", "plan", "spec"]
 
 _KEPT_PROGRAMS = 16
+_KEPT_LINES = 100
 
 
 def spec(shape: Any, dtype: Any = default_float) -> Spec:
@@ -98,8 +101,8 @@ def option_passes(options: Options) -> tuple[Pass, ...]:
 def _check_layers(names: Sequence[str], program: Program) -> None:
     layers = dict.fromkeys(i.layer for i in program.instructions if i.phase == "forward" and i.layer)
     for name in names:
-        if not any(map(matcher(name), layers)):
-            known = ", ".join(list(layers)[:12]) or "none"
+        if layers and not any(map(matcher(name), layers)):  # a step without layers, such as an update, is let pass
+            known = ", ".join(list(layers)[:12])
             raise ValueError(f"recompute names {name!r}, but the step runs no such layer; it runs {known}")
 
 
@@ -167,7 +170,7 @@ class CompiledStep:
         self.fn, self.budget, self.device = fn, budget, device
         self.passes, self.copy, self.fit, self.report = passes, copy, fit, report
         self.options = Options(tuple(recompute), activations)
-        self.name = name or getattr(fn, "__name__", type(fn).__name__)
+        self.name = str(name or getattr(fn, "__name__", type(fn).__name__))
         self._versions: OrderedDict[Any, list[_Compiled]] = OrderedDict()
         self._history: list[str] = []
 
@@ -215,13 +218,20 @@ class CompiledStep:
         return entry
 
     def _plan_of(
-        self, entry: PlannedProgram, arguments: Any, leaves: Sequence[Any], device: Device, options: Options
+        self,
+        entry: PlannedProgram,
+        arguments: Any,
+        leaves: Sequence[Any],
+        device: Device,
+        options: Options,
+        own: bool = False,
     ) -> Plan:
         shapes = [tuple(leaf.shape) for leaf in leaves]
-        replan = self._replan(arguments, leaves, device)
+        replan = self._replan(arguments, leaves, own)
         facts = profile_facts(device)
         return Plan([entry], device.name, self.name, self.budget, replan, shapes, options=options, **facts)
 
+    @collector_paused()
     def _compile(self, arguments: Any, leaves: Sequence[Any], options: Options | None = None) -> _Compiled:
         """A version for these arguments. ``options`` are given where a search has found what fits."""
         device = self._target(leaves)
@@ -235,7 +245,7 @@ class CompiledStep:
             )
         try:
             entry = self._entry(traced, on_meta, device, options or self.options)
-            made = self._plan_of(entry, arguments, leaves, device, options or self.options)
+            made = self._plan_of(entry, arguments, leaves, device, options or self.options, own=True)
             refused = refusal(made, device, self.budget)
             if refused is None:
                 homes = _commit(traced, device)
@@ -246,21 +256,26 @@ class CompiledStep:
             return _Compiled(traced, made, Runner(entry.prepared, device, homes, traced.receivers), device)
         traced.forget_created()  # before other variants of the step are traced
         del traced
-        if self.fit == "recompute" and options is None and refused.limit_bytes is not None:
-            choice = choose_recomputation(made, refused.limit_bytes, refused.needed)
+        most_bytes = refused.most_bytes
+        if self.fit == "recompute" and options is None and most_bytes is not None:
+            choice = choose_recomputation(made, most_bytes, refused.needed)
             if choice is not None and choice.fits:
-                self.report(describe(self.name, choice, refused.limit_bytes))
+                self.report(describe(self.name, choice, most_bytes))
                 return self._compile(arguments, leaves, replace(self.options, recompute=choice.layers))
         raise refused.error(remedies)
 
-    def _replan(self, arguments: Any, leaves: Sequence[Any], device: Device) -> Callable[[list[tuple[int, ...]]], Plan]:
+    def _replan(self, arguments: Any, leaves: Sequence[Any], own: bool) -> Callable[[list[tuple[int, ...]]], Plan]:
+        # A plan that the step keeps must not keep the step, or its memory would wait for the garbage collector.
+        step: Callable[[], CompiledStep | None] = weakref.ref(self) if own else lambda: self
         specs = [_argument_spec(leaf)[0] for leaf in leaves]
         shell = rebuild(arguments, is_argument, specs)
 
         def replan(shapes: list[tuple[int, ...]]) -> Plan:
             others = [Spec(shape, one.dtype) for shape, one in zip(shapes, specs, strict=True)]
             args, kwargs = rebuild(shell, is_argument, others)
-            return self._plan(args, kwargs, False)
+            if (found := step()) is None:
+                raise ValueError("the step of this plan is gone: plan it anew with brim.plan")
+            return found._plan(args, kwargs, False)
 
         return replan
 
@@ -268,6 +283,7 @@ class CompiledStep:
         shapes = ", ".join(f"{leaf.dtype}[{'x'.join(map(str, leaf.shape))}]" for leaf in leaves)
         why = reason or ("first call" if not self._versions else "arguments of new shapes, dtypes or values")
         self._history.append(f"traced for ({shapes}): {why}")
+        del self._history[:-_KEPT_LINES]
         versions = self._versions.setdefault(key, [])
         versions.insert(0, compiled)
         self._versions.move_to_end(key)
@@ -280,6 +296,7 @@ class CompiledStep:
         """The plan for arguments like these (tensors, arrays, or ``brim.spec``); nothing is run or allocated."""
         return self._plan(args, kwargs, True)
 
+    @collector_paused()
     def _plan(self, args: Any, kwargs: Any, check: bool) -> Plan:
         leaves, _ = take_apart((args, kwargs), is_argument)
         device = self._target(leaves)
@@ -350,7 +367,8 @@ def compile(
         device: where it runs; by default where its tensor arguments are.
         copy: hand out copies of the results; False hands out tensors that last until the next run.
         recompute: layers, by their dotted paths, whose activations are not kept for the backward pass but computed
-            again ("stage1.block0"; "stage1.0..3" takes four layers as one block). Results are the same to the last bit.
+            again ("stage1.block0"; "stage1.0..3" takes four layers as one block, "stage1.*" each of stage1's by itself;
+            ":elementwise" is whatever a few elementwise operations make again). Results are the same to the last bit.
         activations: "bfloat16" keeps what the backward pass needs in half the memory; gradients are then less precise.
         fit: "recompute" chooses layers to recompute when the step does not fit, prints them, and runs; None refuses.
     """
@@ -387,7 +405,11 @@ def plan(
         TraceError: the step cannot be planned; the message names the line and the way out.
     """
     if device_profile is not None:
-        device = ProfileDevice(device_profile, find_device(device))
-        fn = fn.fn if isinstance(fn, CompiledStep) else fn
+        if isinstance(fn, CompiledStep):
+            base, options = fn._target([]), fn.options
+            place = ProfileDevice(device_profile, base)
+            fn = CompiledStep(fn.fn, passes=fn.passes, device=place, copy=fn.copy, name=fn.name, **asdict(options))
+        else:
+            device = ProfileDevice(device_profile, find_device(device))
     step = fn if isinstance(fn, CompiledStep) else CompiledStep(fn, budget=budget, device=device)
     return step.plan(*args, **kwargs)

@@ -6,6 +6,7 @@ apart; when nothing fits, that is said, with the least that is needed.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +17,14 @@ from brim.program.ir import Program
 from brim.program.lower import Prepared
 from brim.program.passes.choose import Choice, choose
 from brim.program.passes.dead_code import dead_code
+from brim.program.pause import collector_paused
 from brim.program.place import plan_memory
 from brim.program.plan import Options, Plan
 from brim.units import format_bytes
 
 __all__ = ["choose_recomputation", "describe", "remedies"]
 
-SEARCH_TIME_S = 2.0
+SEARCH_TIME_S = float(os.environ.get("BRIM_SEARCH_SECONDS", "2"))
 """No further plan is made for a report after this many seconds; what is left says "not searched"."""
 
 FIT_TIME_S = 10.0
@@ -45,7 +47,8 @@ def remedies(
         needed: the bytes that count for a plan: its peak, and what else is live on the device.
         time_s: when to stop planning; ``SEARCH_TIME_S`` by default.
     """
-    return _Remedies(plan, limit_bytes, needed, SEARCH_TIME_S if time_s is None else time_s).lines()
+    with collector_paused():
+        return _Remedies(plan, limit_bytes, needed, SEARCH_TIME_S if time_s is None else time_s).lines()
 
 
 def choose_recomputation(
@@ -118,7 +121,7 @@ class _Remedies:
         if self.not_enough:
             found.append("not enough: " + "; ".join(self.not_enough))
         if self.unknown:
-            found.append("not searched (it would take longer): " + "; ".join(self.unknown))
+            found.append("not searched (set BRIM_SEARCH_SECONDS=60): " + "; ".join(self.unknown))
         return found
 
     def offer(self, rank: int, text: str, nbytes: int, more: str = "") -> bool:

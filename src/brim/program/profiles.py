@@ -1,9 +1,9 @@
 """Device profiles: enough about common cards to plan a run for them on a machine that has none.
 
-A plan made with a profile uses the profile's alignment and overhead and, until there is a backend for the card, the scratch
-sizes of the kernels of the backend at hand; so everything in it is marked "estimated". Sizes are what CUDA reports as the
-total (what error messages of frameworks call capacity), which is less than the nominal size: the driver keeps a part, and
-ECC costs a sixteenth on cards without HBM. Where reports differ, the smaller one is taken.
+A plan made with a profile uses the profile's alignment and overhead and, until there is a backend for the card, the
+scratch sizes of the kernels of the backend at hand; so everything in it is marked "estimated". Sizes are what CUDA
+reports as the total (what error messages of frameworks call capacity), which is less than the nominal size: the driver
+keeps a part, and ECC costs a sixteenth on cards without HBM. Where reports differ, the smaller one is taken.
 """
 
 from __future__ import annotations
@@ -77,7 +77,12 @@ def _profiles() -> dict[str, DeviceProfile]:
         for name, title, total_gib, overhead_mib, note in rows:
             total_bytes = int(total_gib * 1024) * _MIB
             found[name] = DeviceProfile(
-                name, title, total_bytes, overhead_mib * _MIB, unified=unified, note=f"{note}; total as reported by CUDA"
+                name,
+                title,
+                total_bytes,
+                overhead_mib * _MIB,
+                unified=unified,
+                note=f"{note}; total as reported by CUDA",
             )
     return found
 
@@ -121,7 +126,7 @@ class ProfileDevice(Device):
         self.profile = find_profile(profile) if isinstance(profile, str) else profile
         self.stands_on = stands_on
         self.kind, self.index, self.name = stands_on.kind, stands_on.index, self.profile.name
-        self.backend = _ProfileBackend(stands_on.backend, self.profile)  # type: ignore[assignment]
+        self.backend = _ProfileBackend(stands_on.backend, self.profile)
         self.memory = None  # type: ignore[assignment]  # nothing is ever allocated here
 
 

@@ -123,6 +123,8 @@ class Runner:
             block = arena.reserve(self.prepared.memory.arena_bytes)
             if self._generation != arena.generation:
                 self._bind(block)
+            if arena.lent:
+                arguments = [_apart(given, block) for given in arguments]
             for target, given in zip(self._inputs, arguments, strict=True):
                 if type(given) is Tensor or isinstance(given, Tensor):
                     given = given.array if given.device is self.device else backend.download(given.array)
@@ -133,12 +135,21 @@ class Runner:
                 for call in self._calls:
                     call()
             self.runs += 1
+            arena.lent = arena.lent or not copy
             return [result.copy() if copy else result for result in self._results]
 
     def release(self) -> None:
         """Drop every array over the arena and the states."""
         self._calls, self._inputs, self._results, self._scalars = [], [], [], []
         self._generation = -1
+
+
+def _apart(given: Any, arena: Block) -> Any:
+    """The argument, or a copy of it where it lies in the arena: an earlier result, where inputs may be written now."""
+    if isinstance(given, Tensor):
+        return given.copy() if given._block is arena else given
+    shared = isinstance(arena.buffer, np.ndarray) and np.may_share_memory(given, arena.buffer)
+    return given.copy() if shared else given
 
 
 def _deliver(receive: Callable[[Any], None], result: Tensor) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial, update_wrapper
 from typing import Any
 
-from brim.program.ir import Program
+from brim.program.ir import HostScalar, Instruction, Program, Ref
 from brim.program.passes.common import common
 from brim.program.passes.copies import copies
 from brim.program.passes.dead_code import dead_code
+from brim.program.passes.epilogue import epilogue
 from brim.program.passes.fold_norm import fold_norm
 from brim.program.passes.fuse import fuse
+from brim.program.passes.layout import layout
 from brim.program.passes.schedule import schedule
 from brim.program.passes.simplify import simplify
 
@@ -26,5 +29,23 @@ def default_passes(backend: Any) -> Sequence[Callable[[Program], Program]]:
         fold_norm,  # evaluation only: batch norm becomes part of weights
         simplify,  # casts and copies that change nothing
         fuse,  # elementwise chains become one pass over memory
+        *_wanted_by(backend),
         schedule,  # last: an order that keeps fewer bytes alive
     )
+
+
+def _wanted_by(backend: Any) -> list[Callable[[Program], Program]]:
+    """The passes that only pay on some devices, each if the backend says which ops it is for."""
+    found: list[Callable[[Program], Program]] = []
+    joins = getattr(backend, "joins_epilogue", None)
+    if joins is not None:
+
+        def accepts(i: Instruction) -> bool:
+            ins = [x.spec if isinstance(x, Ref) else x.kind(1) if isinstance(x, HostScalar) else x for x in i.ins]
+            return bool(joins(i.op, ins, [out.spec for out in i.outs], i.params))
+
+        found.append(update_wrapper(partial(epilogue, accepts=accepts), epilogue))
+    prefers: frozenset[str] = getattr(backend, "prefers_channels_last", frozenset())
+    if prefers:
+        found.append(update_wrapper(partial(layout, prefers=prefers), layout))
+    return found

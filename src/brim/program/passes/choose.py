@@ -1,8 +1,9 @@
 """Choosing what to recompute: the blocks that bring a step under a limit at the least extra arithmetic.
 
-The search is bounded in time. It considers families of blocks (all blocks of one depth; chains of equal layers cut into
-segments), of each family the blocks that save most bytes for their arithmetic first, and as few as suffice. A quick
-estimate from lifetimes orders the candidates; what is returned was planned for real.
+The search is bounded in time. It considers what elementwise instructions make again, which costs next to nothing, and
+families of blocks (all blocks of one depth; chains of equal layers cut into segments), of each family the blocks that
+save most bytes for their arithmetic first, and as few as suffice. A quick estimate from lifetimes orders the
+candidates; what is returned was planned for real.
 """
 
 from __future__ import annotations
@@ -12,9 +13,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from brim.program.ir import Program
+from brim.program.ir import STORE, Program
 from brim.program.passes.liveness import live_bytes
-from brim.program.passes.recompute import blocks, extra_arithmetic, matcher, prefixes, recompute, shortened
+from brim.program.passes.recompute import (
+    ELEMENTWISE,
+    Analysis,
+    arithmetic,
+    blocks,
+    extra_arithmetic,
+    matcher,
+    prefixes,
+    recompute,
+    shortened,
+)
 
 __all__ = ["Choice", "choose"]
 
@@ -65,10 +76,17 @@ def choose(
 class _Search:
     def __init__(self, program: Program, peak: Callable[[Program], int], limit_bytes: int, time_s: float) -> None:
         self.program, self.peak, self.limit_bytes = program, peak, limit_bytes
+        # Candidates are compared without the optimizer's part, which is the same in all and runs early.
+        self.core = program.with_instructions(
+            [i for i in program.instructions if i.phase != "update" and i.op is not STORE]
+        )
+        self.analysis = Analysis(self.core)
+        self.core_arithmetic = sum(map(arithmetic, self.core.instructions))
+        self.arithmetic = max(1, sum(map(arithmetic, program.instructions)))
         self.deadline_s = time.monotonic() + time_s
         self.complete = True
         self.known: dict[tuple[str, ...], Choice] = {}
-        self.programs: dict[tuple[str, ...], Program] = {}
+        self.cores: dict[tuple[str, ...], Program] = {}
         self.estimates: dict[tuple[str, ...], int] = {}
 
     def late(self) -> bool:
@@ -77,25 +95,27 @@ class _Search:
         self.complete = False
         return True
 
-    def program_of(self, layers: Sequence[str]) -> Program:
+    def core_of(self, layers: Sequence[str]) -> Program:
+        """The part that candidates are compared by."""
         key = tuple(layers)
-        if key not in self.programs:
-            self.programs[key] = recompute(self.program, key)
-        return self.programs[key]
+        if key not in self.cores:
+            self.cores[key] = recompute(self.core, key, self.analysis)
+        return self.cores[key]
 
     def planned(self, layers: Sequence[str]) -> Choice:
         """The choice of exactly these layers."""
         key = tuple(layers)
         if key not in self.known:
-            made = self.program_of(key)
+            made = recompute(self.program, key)
             nbytes = self.peak(made)
-            self.known[key] = Choice(key, made, nbytes, self.cost(key), nbytes <= self.limit_bytes, True)
+            extra = extra_arithmetic(self.program, made)
+            self.known[key] = Choice(key, made, nbytes, extra, nbytes <= self.limit_bytes, True)
         return self.known[key]
 
     def estimate(self, layers: Sequence[str]) -> int:
         key = tuple(layers)
         if key not in self.estimates:
-            self.estimates[key] = max(live_bytes(self.program_of(key)))
+            self.estimates[key] = max(live_bytes(self.core_of(key)))
         return self.estimates[key]
 
     def run(self, before_bytes: int | None) -> Choice:
@@ -141,16 +161,18 @@ class _Search:
         return shortened(sorted(layers, key=lambda name: found.get(name, -1)), known)
 
     def cost(self, layers: tuple[str, ...]) -> float:
-        return extra_arithmetic(self.program, self.program_of(layers))
+        """Extra arithmetic as a fraction of all."""
+        return (sum(map(arithmetic, self.core_of(layers).instructions)) - self.core_arithmetic) / self.arithmetic
 
     def families(self) -> list[tuple[str, ...]]:
         """Sets of blocks, of each the one first that saves most bytes for its arithmetic."""
-        names = _best_first(blocks(self.program))
+        names = _best_first(blocks(self.core, None, self.analysis))
         deepest = max((name.count(".") for name in names), default=-1)
         found = [
             tuple(n for n in names if n.count(".") == depth or (n.count(".") < depth and not _has_inside(n, names)))
             for depth in range(deepest + 1)
         ]
+        plain = list(found)
         children: dict[str, list[int]] = {}
         for name in prefixes(self.program):
             parent, _, last = name.rpartition(".")
@@ -164,7 +186,9 @@ class _Search:
             for length in sorted(n for n in lengths if 2 <= n < len(numbers)):
                 pieces = [numbers[i : i + length] for i in range(0, len(numbers), length)]
                 ranges = [f"{prefix}{p[0]}..{p[-1]}" if len(p) > 1 else f"{prefix}{p[0]}" for p in pieces]
-                found.append((*_best_first(blocks(self.program, ranges)), *outside))
+                found.append((*_best_first(blocks(self.core, ranges, self.analysis)), *outside))
+        if self.core_of((ELEMENTWISE,)) is not self.core:  # nearly free, so it goes with everything
+            found = [(ELEMENTWISE,), *((ELEMENTWISE, *family) for family in found), *plain]
         return list(dict.fromkeys(family for family in found if family))
 
     def shortest(self, family: tuple[str, ...], limit_bytes: int) -> tuple[str, ...]:

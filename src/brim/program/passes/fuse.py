@@ -292,12 +292,19 @@ class _Search:
 
     def result(self) -> Program:
         """The program with what has become of it."""
-        return self.program.with_instructions(
+        made = self.program.with_instructions(
             [
                 node.group.instruction(node.instruction) if node in self.changed and node.group else node.instruction
                 for node in _in_order(self.nodes)
             ]
         )
+        for node in (
+            *self.nodes,
+            *self.ordered,
+        ):  # they refer to each other, and so would keep the model's memory alive
+            node.before.clear()
+            node.after.clear()
+        return made
 
 
 def _in_order(nodes: Iterable[_Node]) -> list[_Node]:

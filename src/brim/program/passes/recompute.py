@@ -2,9 +2,10 @@
 
 A block is named by the path of a layer ("stage1.block0": everything inside it), or of several neighbours that are
 treated as one ("stage1.0..3": the layers 0, 1, 2 and 3 of stage1); "stage1.*" names every layer of stage1, each as a
-block of its own. Of each call of a block, its inputs and outputs
-stay; the forward instructions that lead from there to what its backward pass reads are repeated right before the first
-such reading. Compare Chen, Xu, Zhang and Guestrin, "Training deep nets with sublinear memory cost", 2016.
+block of its own. ":elementwise" is no block, but all that ``rematerialise.py`` finds. Of each call of a block, its
+inputs and outputs stay; the forward instructions that lead from there to what its backward pass reads are repeated
+right before the first such reading. Compare Chen, Xu, Zhang and Guestrin, "Training deep nets with sublinear memory
+cost", 2016.
 
 Instructions are repeated as they are, with the same operands and host scalars (so a dropout draws the same mask), and
 only where they still read the same state; therefore results are the same to the last bit. State is never written
@@ -17,23 +18,42 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from brim.program.ir import STORE, Instruction, Program, Ref, Value, is_pure
+from brim.program.passes.rematerialise import rematerialise
 
-__all__ = ["arithmetic", "blocks", "expanded", "extra_arithmetic", "matcher", "prefixes", "recompute", "shortened"]
+__all__ = [
+    "ELEMENTWISE",
+    "Analysis",
+    "arithmetic",
+    "blocks",
+    "expanded",
+    "extra_arithmetic",
+    "matcher",
+    "prefixes",
+    "recompute",
+    "shortened",
+]
+
+ELEMENTWISE = ":elementwise"
+"""Among layers: everything that a few elementwise instructions make again."""
 
 
-def recompute(program: Program, layers: Sequence[str]) -> Program:
+def recompute(program: Program, layers: Sequence[str], analysis: Analysis | None = None) -> Program:
     """The program in which the named blocks keep nothing for the backward pass but their inputs and outputs.
 
     Arguments:
-        layers: layer paths, ranges of them ("0..3"), or all inside one ("blocks.*"). A name inside another one's block is covered by it. A name
-            that no forward instruction belongs to changes nothing.
+        layers: layer paths, ranges of them ("0..3"), all inside one ("blocks.*"), and ":elementwise". A name inside
+            another one's block is covered by it. A name that no forward instruction belongs to changes nothing.
+        analysis: of the program, where there is one already.
 
     Raises:
         ValueError: a range that is not two numbers.
     """
-    replays = _Analysis(program).replays(layers)
-    if not any(r.instructions for r in replays):
-        return program
+    replays = (analysis or Analysis(program)).replays(layers)
+    made = _repeated(program, replays) if any(r.instructions for r in replays) else program
+    return rematerialise(made) if ELEMENTWISE in layers else made
+
+
+def _repeated(program: Program, replays: Sequence[_Replay]) -> Program:
     inserted: dict[int, list[Instruction]] = {}
     for one in replays:  # the last block first: also where several begin at one place
         inserted.setdefault(one.at, []).extend(one.instructions)
@@ -55,17 +75,20 @@ def recompute(program: Program, layers: Sequence[str]) -> Program:
     return program.with_instructions(made)
 
 
-def blocks(program: Program, names: Iterable[str] | None = None) -> list[tuple[str, int, int]]:
+def blocks(
+    program: Program, names: Iterable[str] | None = None, analysis: Analysis | None = None
+) -> list[tuple[str, int, int]]:
     """Blocks that could be recomputed: (name, bytes that need not be kept any more, extra arithmetic).
 
     Arguments:
         names: which blocks to look at; by default every dotted prefix of a layer that has forward instructions, in the
             order of first use.
+        analysis: of the program, where there is one already.
 
     Returns:
         Those that save anything. Extra arithmetic is in floating-point operations: see ``arithmetic``.
     """
-    analysis = _Analysis(program)
+    analysis = analysis or Analysis(program)
     found = []
     for name in prefixes(program) if names is None else names:
         replays = analysis.replays([name])
@@ -110,6 +133,8 @@ def extra_arithmetic(before: Program, after: Program) -> float:
 
 def matcher(name: str) -> Callable[[str], bool]:
     """Tells whether a layer path is inside the block of that name."""
+    if name == ELEMENTWISE:
+        return lambda layer: True
     if name == "*" or name.endswith(".*"):
         outer = name[:-1]
         return lambda layer: layer.startswith(outer)
@@ -174,7 +199,7 @@ class _Replay:
     saved_bytes: int
 
 
-class _Analysis:
+class Analysis:
     """A program's readers and writes, found once for many questions."""
 
     def __init__(self, program: Program) -> None:
@@ -198,7 +223,8 @@ class _Analysis:
         """Of every call of the named blocks, the last one first."""
         runs: list[tuple[int, list[int], Callable[[str], bool]]] = []
         taken: set[int] = set()
-        for name in _outermost(expanded(layers, self.numbers_by_layer)):
+        names = expanded([name for name in layers if name != ELEMENTWISE], self.numbers_by_layer)
+        for name in _outermost(names):
             inside = matcher(name)
             numbers = sorted(
                 n for layer, found in self.numbers_by_layer.items() if inside(layer) for n in found if n not in taken
@@ -264,8 +290,8 @@ class _Analysis:
             wanted.add(n)
             for ref in instruction.refs:
                 maker = self.made.get(ref.value)
-                if maker in members and ref.value not in kept:
-                    pending.append(maker)  # type: ignore[arg-type]
+                if maker is not None and maker in members and ref.value not in kept:
+                    pending.append(maker)
         return sorted(wanted), stuck
 
     def _overwritten(self, value: Value, n: int, at: int) -> bool:
