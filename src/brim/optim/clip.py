@@ -82,7 +82,11 @@ def _part(grad: Any, p: float) -> Any:
     grad = _wide(grad)
     if math.isinf(p):
         return ops.max(ops.abs(grad))
-    return (grad * grad).sum() if p == 2.0 else (ops.abs(grad) ** p).sum()
+    if p != 2.0:
+        return (ops.abs(grad) ** p).sum()
+    # The rows' products with themselves: the squares are never there as an array of their own.
+    rows = grad.reshape((grad.shape[0] if grad.ndim > 1 else 1, 1, -1))
+    return (rows @ rows.mT).sum()
 
 
 def _root(total: Any, p: float) -> Any:
