@@ -119,7 +119,7 @@ def test_precedence(tmp_path: Path) -> None:
 def test_info_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for word in ("numpy", "threads", "memory", "cpu"):
+    for word in ("numpy", "threads", "memory", "cpu", "h100-80gb"):
         assert word in printed
     for words in (["--help"], ["train", "--help"], ["predict", "--help"]):
         assert main(words) == 0

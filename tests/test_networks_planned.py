@@ -1,4 +1,8 @@
-"""Planned steps of real networks give the numbers of eager steps, to the last bit, with and without each pass."""
+"""Planned steps of real networks give the numbers of eager steps, with and without each pass.
+
+They are equal to the last bit, but for one pass: images laid out channels-last are summed in another order, over their
+pixels and channels, and float32 addition is not associative.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,10 @@ from brim.program.passes import default_passes
 from networks import NETWORKS, Net, compiled, make
 
 NAMES = list(NETWORKS)
-PASSES = {getattr(one, "__name__", str(one)): one for one in default_passes(brim.device("cpu").backend)}
+PASSES = {getattr(one, "func", one).__name__: one for one in default_passes(brim.device("cpu").backend)}
+REORDERING = "layout"
+IMAGES = ("cnn", "residual", "recomputed", "unet")
+TOLERANCE = 5e-6  # absolute and relative; 3e-7 was the largest difference seen, in sums of up to 800 numbers
 
 
 def _arrays(results: Any) -> list[np.ndarray]:
@@ -30,19 +37,22 @@ def _run(net: Net, steps: Sequence[Any], tensors: bool = False) -> tuple[list[li
     return found, net.state()
 
 
-def _assert_same(found: Any, expected: Any, what: str = "") -> None:
-    """Equal to the last bit."""
+def _assert_same(found: Any, expected: Any, what: str = "", tolerance: float = 0.0) -> None:
+    """Equal to the last bit, or within a tolerance for floats."""
     if isinstance(expected, dict):
         assert list(found) == list(expected)
         for key in expected:
-            _assert_same(found[key], expected[key], f"{what} {key}")
+            _assert_same(found[key], expected[key], f"{what} {key}", tolerance)
     elif isinstance(expected, list | tuple):
         assert len(found) == len(expected), what
         for n, (one, other) in enumerate(zip(found, expected)):
-            _assert_same(one, other, f"{what}[{n}]")
+            _assert_same(one, other, f"{what}[{n}]", tolerance)
     elif isinstance(expected, np.ndarray):
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape), what
-        assert found.tobytes() == expected.tobytes(), what
+        if tolerance and expected.dtype.kind == "f":
+            assert np.allclose(found, expected, rtol=tolerance, atol=tolerance), what
+        else:
+            assert found.tobytes() == expected.tobytes(), what
     else:
         assert found == expected, what
 
@@ -61,7 +71,12 @@ def _eagerly(name: str) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_planned_is_eager(name: str) -> None:
     net = make(name)
-    _assert_same(_run(net, compiled(net)), _eagerly(name), name)
+    reordered = REORDERING in PASSES and name in IMAGES
+    _assert_same(_run(net, compiled(net)), _eagerly(name), name, TOLERANCE if reordered else 0.0)
+    if reordered:
+        net = make(name)
+        passes = [one for each, one in PASSES.items() if each != REORDERING]
+        _assert_same(_run(net, compiled(net, passes=passes)), _eagerly(name), name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,4 +95,5 @@ def test_each_pass_alone_gives_the_same_numbers(name: str, only: str) -> None:
     net.calls = net.calls if len(net.steps) > 1 else net.calls[:2]
     expected, _ = _eagerly(name)
     found, _ = _run(net, compiled(net, passes=[PASSES[only]] if only in PASSES else []))
-    _assert_same(found, expected[: len(found)], name)  # the second loss depends on every update of the first call
+    tolerance = TOLERANCE if only == REORDERING and name in IMAGES else 0.0
+    _assert_same(found, expected[: len(found)], name, tolerance)  # the second loss depends on the first call's updates

@@ -348,7 +348,7 @@ def test_normalised_and_rectified_values_are_made_again() -> None:
     made = rematerialise(program)
     verify(made)
     assert _kept_bytes(made) < 0.7 * _kept_bytes(program)
-    assert extra_arithmetic(program, made) < 0.1
+    assert 0 < extra_arithmetic(program, made) < 0.4
     repeated = len(made.instructions) - len(program.instructions)
     assert repeated > 0
     assert not any(i.op.name in ("conv2d", "matmul") for i in made.instructions if i not in program.instructions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import pytest
 
 import brim
 from brim import data, nn, optim
-from brim.errors import BudgetExceeded, TraceError
+from brim.errors import BudgetExceeded, DeviceError, TraceError
 from brim.io import read_json
+from brim.program import fit
 from brim.program.admit import needed_bytes
 from brim.train import Callback, Trainer
 
 
 @pytest.fixture(autouse=True)
-def _no_garbage() -> None:
+def _no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "SEARCH_TIME_S", 0.3)
     gc.collect()  # or memory of earlier tests would be freed in the middle of one that counts bytes
     brim.empty_cache("cpu")
 
@@ -97,17 +100,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("adam", {"optimizer": lambda p: optim.Adam(p, lr=0.01)}),
     ("adamw_accumulate", {"optimizer": lambda p: optim.AdamW(p, lr=0.01), "accumulate": 2}),
     ("no_metrics", {"metrics": ()}),
-    ("cnn", {"model": _cnn}),
 ]
 
 
 @pytest.mark.parametrize("settings", [pytest.param(s, id=name) for name, s in CASES])
 def test_planned_is_eager_to_the_last_bit(settings: dict[str, Any]) -> None:
-    dataset = _images() if "model" in settings else _data()
-    held_out = _images(10) if "model" in settings else _data(35)
-    found = [_everything(_trainer(compile=c, **settings), dataset, held_out) for c in (False, True)]
+    found = [_everything(_trainer(compile=c, **settings), _data(), _data(35)) for c in (False, True)]
     assert len(found[0][0]) >= 4
     _assert_same(*found)
+
+
+def test_images_planned_are_eager_but_for_rounding() -> None:
+    """In another layout, sums over images are taken in another order."""
+    found = [_everything(_trainer(_cnn, compile=c), _images(), _images(10), epochs=3) for c in (False, True)]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    for name, value in found[0][2].items():
+        np.testing.assert_allclose(value, found[1][2][name], rtol=1e-3, atol=1e-5)
 
 
 def test_evaluation_and_prediction_are_eager_but_for_rounding() -> None:
@@ -191,7 +199,12 @@ def test_plan_before_fit() -> None:
     largest = plan.largest_batch("1MiB")
     assert trainer.plan(largest).peak_bytes <= 2**20 < trainer.plan(largest + 1).peak_bytes
     with_data = trainer.plan(data=_data(), batch_size=64)
-    assert [p.name for p in with_data.programs] == ["training step", "last batch", "evaluation", "last evaluation batch"]
+    assert [p.name for p in with_data.programs] == [
+        "training step",
+        "last batch",
+        "evaluation",
+        "last evaluation batch",
+    ]
     assert with_data.peak_bytes == trainer.plan(64).peak_bytes
     loader = data.DataLoader(_data(), 64, drop_last=True)
     assert len(trainer.plan(data=loader, evaluation=False).programs) == 1
@@ -217,7 +230,7 @@ def test_plan_of_a_model_without_memory() -> None:
 
 def test_what_cannot_be_inferred_is_said() -> None:
     trainer = _trainer(_cnn)
-    with pytest.raises(ValueError, match="Conv2d.*data="):
+    with pytest.raises(ValueError, match=r"Conv2d.*data="):
         trainer.plan(8)
     with pytest.raises(ValueError, match="batch_size"):
         trainer.plan()
@@ -308,6 +321,48 @@ def test_micro_batches_of_a_sum() -> None:
     assert grads[0][1] == pytest.approx(grads[1][1], rel=1e-5)
 
 
+def test_micro_batches_of_accumulated_batches() -> None:
+    found = []
+    for parts in (1, 2):
+        trainer = _trainer(lambda: nn.Linear(6, 3), accumulate=3, clip_norm=0.5)
+        trainer._run.parts = parts
+        trainer.fit(_data(), 2, batch_size=16)
+        found.append(trainer.model.weight.numpy().copy())
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+
+
+class _CountsAllocations(Callback):
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        self.seen.append(brim.memory_stats()["allocations"])
+
+
+def test_a_step_allocates_nothing() -> None:
+    counts = _CountsAllocations()
+    _trainer(callbacks=[counts], clip_norm=1.0).fit(_data(80), 3, validation=_data(32), batch_size=16)
+    assert len(counts.seen) == 15
+    assert len(set(counts.seen[:5])) == 1  # batches go from the host straight into the arena
+    assert len(set(counts.seen[5:])) == 1
+
+
+def test_two_threads_train_on_one_device() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
+
+    def train(trainer: Trainer) -> None:
+        trainer.fit(_data(), 5, validation=_data(35), batch_size=16)
+
+    alone = _trainer(model)
+    train(alone)
+    together = [_trainer(model) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(train, together))
+    for trainer in together:
+        assert trainer.history == alone.history
+
+
 def test_loss_that_is_not_finite_changes_no_weight() -> None:
     dataset = _data()
     dataset.field(0)[17] = np.inf
@@ -326,10 +381,69 @@ def test_the_record_names_the_plan(tmp_path: Path) -> None:
     assert summary["plan_hash"] == trainer.planned.hash
     assert "planned: peak" in (tmp_path / "log.txt").read_text()
     assert read_json(tmp_path / "config.json")["compile"] is True
-    assert read_json(tmp_path / "config.json")["fit"] is None
+    config = read_json(tmp_path / "config.json")
+    assert (config["fit"], config["recompute"], config["activations"]) == (None, [], None)
     again = _trainer()
     again.fit(_data(), 1, batch_size=16)
     assert again.planned.peak_bytes == trainer.planned.peak_bytes
+
+
+def _deep() -> nn.Module:
+    layers: list[nn.Module] = [nn.Linear(6, 128)]
+    for _ in range(4):
+        layers += [nn.Linear(128, 128), nn.GELU(), nn.Dropout(0.1)]
+    return nn.Sequential(*layers, nn.Linear(128, 3))
+
+
+def test_fit_by_recomputing(capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = _data(600)
+    plain = _everything(_trainer(_deep), dataset, batch_size=256)
+    brim.device("cpu").memory.arena.release()
+    gc.collect()
+    trainer = _trainer(_deep, fit="recompute")
+    plan = trainer.plan(256)
+    budget = _needed(trainer, plan) - plan.peak_bytes // 8
+    trainer.budget, trainer.progress = budget, True
+    found = _everything(trainer, dataset, batch_size=256)
+    _assert_same(plain, found)
+    assert trainer.planned.options.recompute
+    assert trainer.planned.peak_bytes <= 0.88 * plan.peak_bytes
+    assert "recompute=(" in capsys.readouterr().out
+    named = _trainer(_deep, recompute=["1..3", "4..6"])
+    assert named.plan(256).peak_bytes < plan.peak_bytes
+    _assert_same(plain, _everything(named, dataset, batch_size=256))
+
+
+def test_half_activations() -> None:
+    trainer = _trainer(_deep, activations="bfloat16")
+    assert trainer.plan(256).peak_bytes < 0.9 * _trainer(_deep).plan(256).peak_bytes
+    trainer.fit(_data(600), 3, batch_size=100)
+    assert trainer.history[-1]["loss"] < trainer.history[0]["loss"]
+
+
+def test_memory_comes_back_without_the_garbage_collector() -> None:
+    memory = brim.device("cpu").memory
+    memory.arena.release()
+    live = brim.memory_stats()["live_bytes"]
+    gc.disable()
+    try:
+        trainer = _trainer()
+        trainer.fit(_data(), 1, validation=_data(), batch_size=16)
+        trainer.predict(_data())
+        assert brim.memory_stats()["live_bytes"] > live
+        del trainer
+        memory.arena.release()
+        assert brim.memory_stats()["live_bytes"] <= live
+    finally:
+        gc.enable()
+
+
+def test_a_model_without_memory_is_not_run() -> None:
+    with brim.meta():
+        trainer = Trainer(model := _mlp(), optim.SGD(model.parameters(), lr=0.1), progress=False)
+    for call in (lambda: trainer.fit(_data(), 1), lambda: trainer.evaluate(_data()), lambda: trainer.predict(_data())):
+        with pytest.raises(DeviceError, match="planned, not run"):
+            call()
 
 
 def test_bad_settings() -> None:

@@ -68,7 +68,12 @@ class MemoryInfo:
 
 
 class Backend(Protocol):
-    """What a device package implements."""
+    """What a device package implements.
+
+    It may also have ``prefers_channels_last``, the names of ops that are faster on images (N, C, H, W) whose channels
+    lie side by side, and ``joins_epilogue(op, ins, outs, params)``, which tells whether a ``matmul_epilogue`` or
+    ``conv2d_epilogue`` of these specs is wanted instead of the product and the elementwise group after it.
+    """
 
     kind: str
     """The device's name in ``brim.device("kind:index")``."""

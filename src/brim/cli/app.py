@@ -43,6 +43,9 @@ def _build() -> Any:
         hypergradient: Annotated[float | None, flag("Learn the rate of sgd with this step size.")] = None,
         schedule: Annotated[str | None, flag("cosine (default), or none.")] = None,
         clip_norm: Annotated[float | None, flag("Clip the norm of the gradients.")] = None,
+        fit: Annotated[str | None, flag("Over budget: none refuses (default), recompute, microbatch.")] = None,
+        recompute: Annotated[str | None, flag("Layers to recompute in the backward pass, 0,3.")] = None,
+        activations: Annotated[str | None, flag("Keep activations as bfloat16; none (default).")] = None,
         seed: Annotated[int | None, flag("Seed of everything random, 0.")] = None,
         device: Annotated[str | None, flag("cpu (default).")] = None,
         budget: Annotated[str | None, flag("Memory budget: 2GiB, 80%, auto (default), off.")] = None,
@@ -57,6 +60,31 @@ def _build() -> Any:
         from brim.cli.train import run
 
         return run(given, config)
+
+    @app.command
+    def plan(
+        what: Annotated[
+            str | None,
+            flag(
+                "A data set as for train, gpt2[-medium|-large|-xl], resnet18, resnet50, a .toml file or a run.", "MODEL"
+            ),
+        ] = None,
+        /,
+        *,
+        budget: Annotated[str | None, flag("Memory budget: 6GiB, 80%, auto (default), off.")] = None,
+        batch_size: Annotated[int | None, flag("Samples in a batch.", "--batch-size", "--batch")] = None,
+        device_profile: Annotated[str | None, flag("Plan for a card such as h100-80gb; estimated.")] = None,
+        json: Annotated[Path | None, flag("Write the plan as JSON.")] = None,
+        html: Annotated[Path | None, flag("Write the plan as a page that works offline.")] = None,
+        search: Annotated[float | None, flag("Seconds to search for a batch or remedies, 10; 0 for none.")] = None,
+        **settings: Annotated[str, flag("Any other setting of train: --hidden 256,256, --optimizer adamw.")],
+    ) -> int:
+        """Plan a training to the byte without running it: does it fit the budget? Exit code 3 when it does not."""
+        given: dict[str, Any] = {name.replace("-", "_"): value for name, value in settings.items()}
+        given |= {k: v for k, v in {"budget": budget, "batch_size": batch_size}.items() if v is not None}
+        from brim.cli.plan import run
+
+        return run(what, given, device_profile, json, html, search)
 
     @app.command
     def predict(
@@ -97,6 +125,9 @@ _TRAIN_FLAGS = frozenset(
         "hypergradient",
         "schedule",
         "clip_norm",
+        "fit",
+        "recompute",
+        "activations",
         "seed",
         "device",
         "budget",

@@ -11,6 +11,7 @@ import brim
 from brim.device import available_backends, device
 from brim.errors import BrimError
 from brim.memory.host import read_host_memory
+from brim.program.profiles import PROFILES
 from brim.units import format_bytes
 
 __all__ = ["run"]
@@ -39,6 +40,7 @@ def run() -> int:
             continue
         limit = found.memory.limit_bytes
         print(f"device    {found}: budget {found.memory.budget}{'' if limit is None else f' = {format_bytes(limit)}'}")
+    print(f"profiles  brim plan --device-profile {', '.join(PROFILES)}")
     for name, how in _EXTRAS.items():
         if find_spec(name) is None:
             print(f"missing   {name}, for {how}")

@@ -1,4 +1,7 @@
-"""Settings of ``brim train``: flags over environment over TOML over the resumed run over defaults; checked here."""
+"""Settings of ``brim train`` and ``brim plan``: flags over environment over TOML over the resumed run over defaults.
+
+They are checked here.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,9 @@ class TrainSettings:
     hypergradient: float | None = None
     schedule: str = "cosine"  # "none" where the rate is learned
     clip_norm: float | None = None
+    fit: str = "none"
+    recompute: str = ""
+    activations: str = "none"
     seed: int = 0
     device: str = "cpu"
     budget: str = "auto"
@@ -51,10 +57,12 @@ _CHOICES = {
     "model": ("mlp", "cnn"),
     "optimizer": ("sgd", "adam", "adamw", "rmsprop"),
     "schedule": ("none", "cosine"),
+    "fit": ("none", "recompute", "microbatch"),
+    "activations": ("none", "bfloat16"),
 }
 _AT_LEAST = {"batch_size": 1, "epochs": 1, "lr": 0, "momentum": 0, "weight_decay": 0, "hypergradient": 0, "seed": 0}
 _ABOVE_ZERO = ("clip_norm", "checkpoint_every")
-_NOT_KEPT = ("resume", "out", "data", "device", "budget", "checkpoint_every")  # a resumed run may have others
+_NOT_KEPT = ("resume", "out", "data", "device", "budget", "checkpoint_every", "fit")  # a resumed run may have others
 _FIELDS = {field.name: field for field in fields(TrainSettings)}
 
 
@@ -110,7 +118,7 @@ def _read_toml(path: str) -> dict[str, Any]:
 def _typed(name: str, value: Any, source: str) -> Any:
     """A value of the field's type and range, or ValueError naming its source."""
     kind = str(_FIELDS[name].type).removesuffix(" | None")
-    if name == "hidden" and isinstance(value, list):
+    if name in ("hidden", "recompute") and isinstance(value, list):
         value = ",".join(map(str, value))
     try:
         if kind == "bool":

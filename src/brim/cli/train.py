@@ -18,7 +18,7 @@ from brim.memory.budget import parse_budget
 from brim.train import RunFolder, Trainer
 from brim.units import format_bytes, format_duration
 
-__all__ = ["run"]
+__all__ = ["make_trainer", "run"]
 
 
 def run(flags: Mapping[str, Any], config: str | None) -> int:
@@ -48,7 +48,7 @@ def run(flags: Mapping[str, Any], config: str | None) -> int:
             brim.set_default_device(device)
             model = build_model(shape)
             print(f"{settings.dataset}: {len(train):,} training and {len(test):,} test samples of {train.input_shape}")
-            trainer = _trainer(settings, model, device)
+            trainer = make_trainer(settings, model, device)
             trainer.fit(
                 train,
                 settings.epochs,
@@ -79,7 +79,13 @@ def _folder(settings: TrainSettings) -> Path:
     return out
 
 
-def _trainer(settings: TrainSettings, model: Any, device: Any) -> Trainer:
+def make_trainer(settings: TrainSettings, model: Any, device: Any, loss: Any = None) -> Trainer:
+    """The Trainer of a run, with the optimizer and schedule that the settings name.
+
+    Arguments:
+        device: where the model is moved; None leaves it where it is.
+        loss: cross-entropy of classes when None; there is no accuracy otherwise.
+    """
     lr, decay = settings.lr, settings.weight_decay
     params = model.parameters()
     if settings.optimizer == "sgd":
@@ -92,7 +98,19 @@ def _trainer(settings: TrainSettings, model: Any, device: Any) -> Trainer:
         kind = optim.Adam if settings.optimizer == "adam" else optim.AdamW
         optimizer = kind(params, lr, weight_decay=decay)
     schedule = optim.CosineAnnealingLR(optimizer, settings.epochs) if settings.schedule == "cosine" else None
-    return Trainer(model, optimizer, schedule=schedule, clip_norm=settings.clip_norm, seed=settings.seed, device=device)
+    return Trainer(
+        model,
+        optimizer,
+        loss,
+        metrics=("accuracy",) if loss is None else (),
+        schedule=schedule,
+        clip_norm=settings.clip_norm,
+        seed=settings.seed,
+        device=device,
+        fit=None if settings.fit == "none" else settings.fit,  # type: ignore[arg-type]
+        recompute=[name.strip() for name in settings.recompute.split(",") if name.strip()],
+        activations=None if settings.activations == "none" else settings.activations,
+    )
 
 
 def _report(trainer: Trainer, peak_bytes: int, limit_bytes: int | None, out: Path, elapsed_s: float) -> None:

@@ -127,10 +127,10 @@ class GPT2(nn.Module):
         return tokens, tokens
 
     def forward(self, index: Any) -> Any:
-        T = index.shape[1]
-        if T > self.context:
-            raise ShapeError(f"the sequence has {T} tokens, this model takes at most {self.context}")
-        position = arange(T, device=index.device)
+        length = index.shape[1]
+        if length > self.context:
+            raise ShapeError(f"the sequence has {length} tokens, this model takes at most {self.context}")
+        position = arange(length, device=index.device)
         visible = ops.expand_dims(position, 1) >= position  # (T, T): row t sees columns up to t
         x = F.dropout(self.wte(index) + self.wpe(position), self.dropout, self.training)
         for block in self.h:

@@ -12,7 +12,7 @@ from brim.nn import functional as F
 from brim.nn import init
 from brim.spec import Spec, as_dtype, default_float
 
-__all__ = ["ResNet", "resnet18", "resnet50"]
+__all__ = ["BasicBlock", "Bottleneck", "ResNet", "resnet18", "resnet50"]
 
 
 def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -70,18 +70,24 @@ class ResNet(nn.Module):
         depths: blocks in each of the four stages.
         classes: number of classes.
         image_size: height and width of the images that ``example_batch`` describes.
+        width: channels of the first stage; each further one has twice as many.
     """
 
     def __init__(
-        self, block: Any, depths: tuple[int, int, int, int], classes: int = 1000, image_size: int = 224
+        self,
+        block: Any,
+        depths: tuple[int, int, int, int],
+        classes: int = 1000,
+        image_size: int = 224,
+        width: int = 64,
     ) -> None:
         super().__init__()
         self.image_size = image_size
-        self.conv1, self.bn1 = _conv(3, 64, 7, 2), nn.BatchNorm2d(64)
+        self.conv1, self.bn1 = _conv(3, width, 7, 2), nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        in_channels = 64
+        in_channels = width
         for stage, depth in enumerate(depths):
-            channels = 64 * 2**stage
+            channels = width * 2**stage
             blocks = []
             for number in range(depth):
                 blocks.append(block(in_channels, channels, 2 if stage and not number else 1))

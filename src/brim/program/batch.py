@@ -105,38 +105,37 @@ class BatchSearch:
             ValueError: the step cannot be planned for other batches.
         """
         low, high = 0, _BATCH_MAX  # low fits (0 always does), high does not (or nobody would want it)
-        guess = self.batch
-        rounds = 0
+        guess, row = self.batch, 0  # row: how many guesses in a row were too small (or, negative, too large)
         while high - low > 1:
             if self.fits(guess):
-                low = max(low, guess)
+                low, row = max(low, guess), max(row, 0) + 1
             else:
-                high = min(high, guess)
+                high, row = min(high, guess), min(row, 0) - 1
             if self.time_is_up:
                 return None
-            rounds += 1
-            guess = self.next_guess(low, high, rounds)
+            if len(self.known) <= 2:  # one batch says nothing of the slope, so the first guess may err by any amount
+                row = 1 if row > 0 else -1
+            guess = self.next_guess(low, high, row)
         return low if self.known.get(low, 0) is not None and low < _BATCH_MAX - 1 else 0
 
-    def next_guess(self, low: int, high: int, rounds: int) -> int:
-        """Where the line through the nearest two batches crosses the limit, inside of the bracket."""
-        points = sorted((b, nbytes) for b, nbytes in self.known.items() if nbytes is not None)
-        bounded = high < _BATCH_MAX
+    def next_guess(self, low: int, high: int, row: int) -> int:
+        """Where the line through two batches crosses the limit; ever further while that errs on one side."""
+        points = {b: nbytes for b, nbytes in self.known.items() if nbytes is not None}
+        if not points:
+            return low + 1
         if len(points) == 1:
-            points.insert(0, (0, min(self.plan.resident_bytes, points[0][1] - 1)))
-        guess = 2 * low + 1
-        if len(points) >= 2:
-            # The two nearest to the limit.
-            (b0, y0), (b1, y1) = sorted(sorted(points, key=lambda p: abs(p[1] - self.limit_bytes))[:2])
-            if y1 > y0:
-                guess = b0 + (self.limit_bytes - y0) * (b1 - b0) // (y1 - y0)
-        if bounded:
-            if guess == low:
-                guess = low + 1  # the neighbour has to be planned in any case
-            if rounds % 4 == 0 and not low < guess < high:
-                guess = (low + high) // 2
-            if rounds > 12:
-                guess = (low + high) // 2
-        else:
-            guess = min(max(guess, low + 1), max(64, 8 * low))
+            (first,) = points.values()
+            points[0] = min(self.plan.resident_bytes, first - 1)
+        # The ends of the bracket, or what is nearest to the limit.
+        nearest = sorted(points, key=lambda b: (b not in (low, high), abs(points[b] - self.limit_bytes)))
+        b0, b1 = sorted(nearest[:2])
+        guess = low + 1
+        if points[b1] > points[b0]:
+            guess = b0 + (self.limit_bytes - points[b0]) * (b1 - b0) // (points[b1] - points[b0])
+        step = 2 ** min(abs(row) - 1, 40) - 1
+        guess = max(guess, low + 1) + step if row > 0 else min(guess, high - 1) - step
+        if high == _BATCH_MAX:
+            guess = min(guess, max(64, 8 * low))
+        elif abs(row) > 6:
+            guess = (low + high) // 2
         return min(max(guess, low + 1), high - 1)

@@ -77,7 +77,7 @@ def describe(name: str, choice: Choice, limit_bytes: int) -> str:
     peak, limit = _texts(choice.peak_bytes, limit_bytes)
     return (
         f"{name}: {_recompute_text(choice.layers)} to fit: peak {peak} of {limit}, "
-        f"{100 * choice.extra_arithmetic:.1f} % more arithmetic"
+        f"{100 * choice.extra_arithmetic:.1f} % more work"
     )
 
 
@@ -176,7 +176,7 @@ class _Remedies:
             self.unknown.append("further layers to recompute" if choice.layers else "layers to recompute")
         if not choice.layers:
             return None
-        arithmetic = f" ({100 * choice.extra_arithmetic:.1f} % more arithmetic)"
+        arithmetic = f" ({100 * choice.extra_arithmetic:.1f} % more work)"
         self.offer(2, _recompute_text(choice.layers), choice.peak_bytes, arithmetic)
         return choice
 

@@ -44,7 +44,9 @@ def batches_of_loader(loader: DataLoader, batch_size: int | None = None) -> list
     """
     fields = loader.spec()
     if len(fields) != 2:
-        raise ValueError(f"the Trainer takes datasets of (inputs, targets); a sample of this one has {len(fields)} fields")
+        raise ValueError(
+            f"the Trainer takes datasets of (inputs, targets); a sample of this one has {len(fields)} fields"
+        )
     sizes = loader.batch_sizes
     if batch_size is not None:
         rest = loader.num_samples % batch_size

@@ -1,14 +1,14 @@
 """The Trainer's steps made ready to run: planned together and replayed, or run eagerly.
 
-Training step, smaller last batch, evaluation and its last batch take turns in one arena; the plan of all of them is what
-is held against the budget before the first step.
+Training step, smaller last batch, evaluation and its last batch take turns in one arena; the plan of all of them is
+what is held against the budget before the first step.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from brim.program.plan import Plan, PlannedProgram
 from brim.program.profiles import ProfileDevice, profile_facts
 from brim.spec import Spec
 from brim.tensor import Tensor, asarray
-from brim.train.batches import Batch, TrainingBatch, resized
+from brim.train.batches import Batch, TrainingBatch
 from brim.train.steps import Steps
 
 __all__ = ["EagerSteps", "PlannedSteps", "evaluating", "largest_batch_quickly", "real_device"]
@@ -43,6 +43,10 @@ class EagerSteps:
 
     def _tensor(self, array: Any) -> Tensor:
         return asarray(array, device=self.device)
+
+    def exclusive(self) -> AbstractContextManager[Any]:
+        """Nothing to hold: outputs have memory of their own."""
+        return nullcontext()
 
     def train(self, inputs: Any, targets: Any, first: bool, last: bool) -> Any:
         """``Steps.train``."""
@@ -75,6 +79,10 @@ class PlannedSteps:
         self._train = CompiledStep(steps.train, name="training step", device=device, copy=False, **options)
         self._evaluate = CompiledStep(steps.evaluate, name="evaluation", device=device, copy=False)
         self._predict = CompiledStep(steps.predict, name="prediction", device=device, copy=False)
+
+    def exclusive(self) -> AbstractContextManager[Any]:
+        """Inside, no other thread's step runs on the device: outputs last until the next step, whosever it is."""
+        return nullcontext() if self.device.memory is None else self.device.memory.arena.lock
 
     def on_profile(self, name: str) -> PlannedSteps:
         """The same steps, to be planned for the card that a profile describes; they cannot be run there."""
@@ -113,7 +121,9 @@ class PlannedSteps:
         with hinting(), evaluating(self.steps.model):
             outputs = self._predict.plan(inputs).programs[0].prepared.program.results
         if len(outputs) != 1:
-            raise ValueError(f"the model gives {len(outputs)} tensors, so the targets cannot be inferred: pass targets=")
+            raise ValueError(
+                f"the model gives {len(outputs)} tensors, so the targets cannot be inferred: pass targets="
+            )
         return Spec(outputs[0].spec.shape, outputs[0].spec.dtype)
 
     def plan(self, train: Sequence[TrainingBatch], evaluation: Sequence[Batch] = (), parts: int | None = None) -> Plan:
@@ -230,7 +240,7 @@ class PlannedSteps:
     def _alternatives(self, train: Sequence[TrainingBatch]) -> list[tuple[str, Callable[[], Plan]]]:
         """Micro-batches, as remedies for a plan that does not fit."""
         most = min(train[0][0][0].shape[0], _MOST_PARTS)
-        found = []
+        found: list[tuple[str, Callable[[], Plan]]] = []
         parts = 2 * self.parts
         while parts <= most and len(found) < 3:
             found.append((self._parts_text(train, parts), partial(self.plan, train, (), parts)))

@@ -125,13 +125,16 @@ class Steps:
                     continue
                 if kept is None or (kept.shape, kept.dtype, kept.device) != (param.shape, param.dtype, param.device):
                     kept = self._new_sum(param)
-                if grad is None:
-                    total = 0.0 if first else kept
-                else:
-                    total = grad if first else kept + grad
+                if grad is None:  # this batch does not use the parameter
+                    if last:
+                        param.grad = kept.copy()
+                    elif first:
+                        kept.write(0.0)
+                    continue
+                total = grad if first else kept + grad
                 if last:
-                    param.grad = kept.copy() if total is kept else total.book_as("grads")
-                elif total is not kept:
+                    param.grad = total.book_as("grads")
+                else:
                     kept.write(total)
 
     def _new_sum(self, param: Any) -> Any:

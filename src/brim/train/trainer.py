@@ -5,7 +5,6 @@ Its steps (``steps.py``) are planned before the first one and then replayed (``p
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +16,7 @@ import numpy as np
 from brim import random
 from brim.data import DataLoader
 from brim.device import device as find_device
-from brim.errors import CheckpointError
+from brim.errors import CheckpointError, DeviceError
 from brim.io import check_compatible, latest_checkpoint, load_checkpoint
 from brim.memory.budget import BudgetLike
 from brim.memory.guard import give_back_on_refusal
@@ -34,6 +33,7 @@ from brim.train.interrupt import on_interrupt
 from brim.train.metrics import Averages, Metric, find_metrics
 from brim.train.planning import EagerSteps, PlannedSteps, evaluating, largest_batch_quickly, real_device
 from brim.train.progress import Progress
+from brim.train.record import describe_results, describe_settings
 from brim.train.run_folder import RunFolder
 from brim.train.steps import LossNotFinite, Steps
 from brim.units import format_bytes
@@ -63,7 +63,8 @@ class Trainer:
         on_swap: "error", "warn" or "off": what to do when more than 16 MiB of this process move to swap between two
             steps. The default stops: a run that swaps goes on many times slower.
         compile: plan each step before the first and replay it; False runs every operation by itself, for debugging
-            and for models that cannot be traced. Both give the same numbers.
+            and for models that cannot be traced. Both train to the same numbers, bit for bit; evaluation and prediction
+            differ by rounding, since planned ones fold batch norm into the layer before it.
         fit: what to do when a step does not fit the budget: None refuses; "recompute" keeps fewer activations and
             computes them again in the backward pass, with the same numbers; "microbatch" splits each batch into as
             few parts as fit and adds their gradients, the same up to rounding (losses that are a mean or a sum over
@@ -76,6 +77,7 @@ class Trainer:
         epoch, step: epochs and optimizer steps done.
         stopped: why the training ended early, or an empty string.
         interrupted: whether Ctrl-C ended it.
+        options: compile, fit, recompute and activations, as given.
         planned: the plan of the latest ``fit``; None with ``compile=False``.
     """
 
@@ -96,7 +98,7 @@ class Trainer:
         on_swap: Literal["error", "warn", "off"] = "error",
         compile: bool = True,
         fit: Literal["recompute", "microbatch"] | None = None,
-        recompute: Iterable[str] = (),
+        recompute: Iterable[str] | str = (),
         activations: Any = None,
     ) -> None:
         if accumulate < 1:
@@ -120,15 +122,15 @@ class Trainer:
         self._best: float | None = None
         self._loader_state: dict[str, Any] | None = None
         self.planned: Plan | None = None
-        self._fit = fit
-        self.steps = Steps(model, self.loss, optimizer, clip_norm, accumulate, bool(self.metrics))
-        options = {"recompute": tuple(recompute), "activations": activations}
-        if not compile and (fit or any(options.values())):
+        self._steps = Steps(model, self.loss, optimizer, clip_norm, accumulate, bool(self.metrics))
+        layers = [recompute] if isinstance(recompute, str) else list(recompute)
+        self.options = {"compile": compile, "fit": fit, "recompute": layers, "activations": activations}
+        if not compile and (fit or layers or activations):
             raise ValueError("fit, recompute and activations are for planned steps; leave compile=False out")
         self._run: EagerSteps | PlannedSteps = (
-            PlannedSteps(self.steps, real_device(self.device), **options)
+            PlannedSteps(self._steps, real_device(self.device), recompute=layers, activations=activations)
             if compile
-            else EagerSteps(self.steps, self.device)
+            else EagerSteps(self._steps, self.device)
         )
 
     # ---------------------------------------------------------------- planning
@@ -184,7 +186,7 @@ class Trainer:
             return
         train = training_batches(batches_of_loader(loader), len(loader), self.accumulate)
         held_out = () if validation is None else batches_of_loader(self._loader(validation, loader.batch_size, False))
-        plan = self.planned = run.admit(train, held_out, self._fit, progress.message)
+        plan = self.planned = run.admit(train, held_out, self.options["fit"], progress.message)
         limit_bytes = self.device.memory.limit_bytes
         line = f"planned: peak {format_bytes(plan.peak_bytes)}"
         if limit_bytes is None:
@@ -231,7 +233,11 @@ class Trainer:
         if epochs < 1:
             raise ValueError(f"epochs: expected 1 or more, got {epochs!r}")
         loader = train if isinstance(train, DataLoader) else self._loader(train, batch_size, shuffle=True)
-        folder = None if out is None else RunFolder(out, {**self._config(loader, epochs), **(config or {})})
+        folder = (
+            None
+            if out is None
+            else RunFolder(out, {**describe_settings(self, epochs, loader.batch_size), **(config or {})})
+        )
         if resume and folder is not None and (found := latest_checkpoint(folder.path, "last")) is not None:
             self.load(found)
             folder.keep_metrics(len(self.history))
@@ -240,10 +246,9 @@ class Trainer:
             loader.load_state_dict(self._loader_state)
             self._loader_state = None
         self.stopped, self.interrupted = "", False
-        memory = self.device.memory
-        memory.reset_peak()
         log = None if folder is None else folder.log
         with self._limited(), on_interrupt(self._ask_to_stop):
+            self.device.memory.reset_peak()
             progress = Progress(goal, loader.num_samples, self._memory, self.progress, log)
             try:
                 self._admit(loader, validation, progress)
@@ -259,7 +264,7 @@ class Trainer:
             finally:
                 progress.close()
             if folder is not None:
-                folder.finish(self._model_arrays(), self._summary())
+                folder.finish(self._model_arrays(), describe_results(self, self._best))
         return self.history
 
     def stop(self, reason: str) -> None:
@@ -279,7 +284,7 @@ class Trainer:
             position = loader.position
             with give_back_on_refusal():
                 begun = (position - 1) // self.accumulate * self.accumulate
-                self.steps.share = 1.0 / min(self.accumulate, batches - begun)
+                self._steps.share = 1.0 / min(self.accumulate, batches - begun)
                 stepped = position % self.accumulate == 0 or position == batches
                 loss = self._batch(inputs, targets, position == begun + 1, stepped)
                 self.step += stepped
@@ -336,19 +341,20 @@ class Trainer:
             self._checkpoint(folder, "last", loader, 2)
 
     def _batch(self, inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], first: bool, last: bool) -> float:
-        try:
-            outputs = self._run.train(inputs, targets, first, last)
-        except LossNotFinite:
-            raise self._not_finite(inputs) from None
-        value = self.steps.loss_value
-        self._averages.add(len(targets), {"loss": value, **self._measure(outputs, targets)})
+        with self._run.exclusive():
+            try:
+                outputs = self._run.train(inputs, targets, first, last)
+            except LossNotFinite:
+                raise self._not_finite(inputs) from None
+            value = self._steps.loss_value
+            self._averages.add(len(targets), {"loss": value, **self._measure(outputs, targets)})
         return value
 
     def _not_finite(self, inputs: np.ndarray[Any, Any]) -> FloatingPointError:
         self.device.memory.arena.release()  # to run the layers one by one
         where = first_non_finite(self.model, asarray(inputs, device=self.device))
         return FloatingPointError(
-            f"the loss is {self.steps.loss_value} at step {self.step + 1}: {where}; lower the learning rate, or set "
+            f"the loss is {self._steps.loss_value} at step {self.step + 1}: {where}; lower the learning rate, or set "
             "clip_norm"
         )
 
@@ -369,8 +375,9 @@ class Trainer:
         averages = Averages()
         with evaluating(self.model), give_back_on_refusal():
             for inputs, targets in self._loader(dataset, batch_size, shuffle=False).arrays():
-                outputs = self._run.evaluate(inputs, targets)
-                averages.add(len(targets), {"loss": self.steps.loss_value, **self._measure(outputs, targets)})
+                with self._run.exclusive():
+                    outputs = self._run.evaluate(inputs, targets)
+                    averages.add(len(targets), {"loss": self._steps.loss_value, **self._measure(outputs, targets)})
         return averages.means()
 
     def predict(self, inputs: Any, batch_size: int = 256) -> np.ndarray[Any, Any]:
@@ -385,7 +392,8 @@ class Trainer:
             else:
                 batches = (batch[0] for batch in self._loader(inputs, batch_size, shuffle=False).arrays())
             for batch in batches:
-                outputs.append(np.array(self._run.predict(batch).detach().numpy()))
+                with self._run.exclusive():
+                    outputs.append(np.array(self._run.predict(batch).detach().numpy()))
         if not outputs:
             raise ValueError("predict: there are no inputs")
         return np.concatenate(outputs)
@@ -396,6 +404,11 @@ class Trainer:
         return DataLoader(dataset, batch_size, shuffle=shuffle, seed=self.seed, device=self.device)
 
     def _limited(self) -> AbstractContextManager[None]:
+        if self.device.is_meta:
+            raise DeviceError(
+                "the model is on the meta device, which has shapes and no values: it can be planned, not run; build it "
+                "outside brim.meta()"
+            )
         return nullcontext() if self.budget is None else self.device.memory.lowered(self.budget)
 
     def _memory(self) -> tuple[int, int | None]:
@@ -405,9 +418,9 @@ class Trainer:
 
     def save(self, folder: str | Path) -> Path:
         """Save a checkpoint and model.safetensors to a folder; returns the checkpoint's path."""
-        run = RunFolder(folder, self._config(None, self.epoch))
+        run = RunFolder(folder, describe_settings(self, self.epoch, None))
         path = self._checkpoint(run, "last", None, 2)
-        run.finish(self._model_arrays(), self._summary())
+        run.finish(self._model_arrays(), describe_results(self, self._best))
         return path
 
     def load(self, path: str | Path) -> None:
@@ -460,39 +473,3 @@ class Trainer:
 
     def _model_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         return {name: v.detach().numpy() for name, v in self.model.state_dict().items()}
-
-    def _config(self, loader: DataLoader | None, epochs: int) -> dict[str, Any]:
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        return {
-            "epochs": epochs,
-            "batch_size": None if loader is None else loader.batch_size,
-            "seed": self.seed,
-            "device": str(self.device),
-            "budget": str(self.device.memory.budget if self.budget is None else self.budget),
-            "clip_norm": self.clip_norm,
-            "accumulate": self.accumulate,
-            "metrics": list(self.metrics),
-            "compile": isinstance(self._run, PlannedSteps),
-            "fit": self._fit,
-            "optimizer": {"name": type(self.optimizer).__name__, "groups": settings},
-            "schedule": None if self.schedule is None else type(self.schedule).__name__,
-            "loss": repr(self.loss),
-            "architecture": repr(self.model),
-        }
-
-    def _summary(self) -> dict[str, Any]:
-        stats = self.device.memory.stats()
-        return {
-            "epochs": self.epoch,
-            "steps": self.step,
-            "final": self.history[-1] if self.history else {},
-            "best": self._best,
-            "stopped": self.stopped,
-            "peak_bytes": stats["peak_bytes"],
-            "peak_by_kind": stats["peak_by_kind"],
-            "limit_bytes": stats["limit_bytes"],
-            "planned_peak_bytes": None if self.planned is None else self.planned.peak_bytes,
-            "planned_by_kind": None if self.planned is None else self.planned.by_kind(),
-            "plan_hash": None if self.planned is None else self.planned.hash,
-            "training_s": self.elapsed_s,
-        }

@@ -1,6 +1,6 @@
 """Choosing what to recompute: the blocks that bring a step under a limit at the least extra arithmetic.
 
-The search is bounded in time. It considers what elementwise instructions make again, which costs next to nothing, and
+The search is bounded in time. It considers what elementwise instructions make again, which costs little, and
 families of blocks (all blocks of one depth; chains of equal layers cut into segments), of each family the blocks that
 save most bytes for their arithmetic first, and as few as suffice. A quick estimate from lifetimes orders the
 candidates; what is returned was planned for real.
@@ -187,7 +187,7 @@ class _Search:
                 pieces = [numbers[i : i + length] for i in range(0, len(numbers), length)]
                 ranges = [f"{prefix}{p[0]}..{p[-1]}" if len(p) > 1 else f"{prefix}{p[0]}" for p in pieces]
                 found.append((*_best_first(blocks(self.core, ranges, self.analysis)), *outside))
-        if self.core_of((ELEMENTWISE,)) is not self.core:  # nearly free, so it goes with everything
+        if self.core_of((ELEMENTWISE,)) is not self.core:  # cheap, so it goes with everything
             found = [(ELEMENTWISE,), *((ELEMENTWISE, *family) for family in found), *plain]
         return list(dict.fromkeys(family for family in found if family))
 

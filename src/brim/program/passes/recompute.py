@@ -36,6 +36,8 @@ __all__ = [
 ELEMENTWISE = ":elementwise"
 """Among layers: everything that a few elementwise instructions make again."""
 
+_MEMORY_BOUND = 16
+
 
 def recompute(program: Program, layers: Sequence[str], analysis: Analysis | None = None) -> Program:
     """The program in which the named blocks keep nothing for the backward pass but their inputs and outputs.
@@ -109,7 +111,10 @@ def prefixes(program: Program) -> list[str]:
 
 
 def arithmetic(instruction: Instruction) -> int:
-    """Floating-point operations of an instruction, roughly: two a multiply-add, one an element of anything else."""
+    """Work of an instruction in floating-point operations, roughly: two a multiply-add.
+
+    An element of anything else counts as 16: memory limits it, which is so many times slower than a matrix product.
+    """
     name = instruction.op.name
     sizes = [ref.spec.size for ref in instruction.refs]
     written = sum(out.spec.size for out in instruction.outs)
@@ -122,11 +127,11 @@ def arithmetic(instruction: Instruction) -> int:
         return 2 * sizes[0] * sizes[1] // max(1, instruction.ins[1].spec.shape[0])
     if name == "conv2d_grad_weight":
         return 2 * sizes[0] * written // max(1, instruction.outs[0].spec.shape[0])
-    return max([written, *sizes])
+    return _MEMORY_BOUND * max([written, *sizes])
 
 
 def extra_arithmetic(before: Program, after: Program) -> float:
-    """How much more arithmetic a program does than another, as a fraction of the other's."""
+    """How much more work a program is than another, as a fraction of the other's."""
     base = sum(map(arithmetic, before.instructions))
     return (sum(map(arithmetic, after.instructions)) - base) / base if base else 0.0
 
