@@ -167,7 +167,8 @@ def test_a_thousand_runs_leave_nothing_behind() -> None:
             traced_bytes.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    assert traced_bytes[1] - traced_bytes[0] < 2 * 1024
+    # One object left behind by each run would be 50 KiB; those lists alone come and go by a few.
+    assert traced_bytes[1] - traced_bytes[0] < 16 * 1024
     assert _live_bytes() == live_bytes
     assert brim.memory_stats()["allocations"] == allocations + 1500  # the losses that were handed out
 

@@ -39,6 +39,7 @@ from brim.errors import BudgetExceeded as BudgetExceeded
 from brim.errors import TraceError as TraceError
 from brim.ops import *  # noqa: F403
 from brim.program.audit import audit as audit
+from brim.program.check import assert_fits as assert_fits
 from brim.program.compile import compile as compile
 from brim.program.compile import plan as plan
 from brim.program.compile import spec as spec

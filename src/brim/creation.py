@@ -44,6 +44,7 @@ __all__ = [
     "zeros_like",
 ]
 
+
 def _place(device: Any) -> str:
     return find_device(device).name
 

@@ -16,7 +16,7 @@ from brim.context import context
 from brim.errors import DeviceError
 from brim.memory.guard import DeviceMemory
 
-__all__ = ["Device", "available_backends", "default_device", "device", "meta", "set_default_device"]
+__all__ = ["Device", "available_backends", "default_device", "device", "meta", "process_default", "set_default_device"]
 
 _devices: dict[tuple[str, int], Device] = {}
 _backends: dict[str, Backend] = {}
@@ -112,6 +112,11 @@ def device(name: str | Device | None = None) -> Device:
 def default_device() -> Device:
     """The device of tensors that are made without naming one: "cpu" until ``set_default_device``."""
     return device(None)
+
+
+def process_default() -> Device:
+    """What ``set_default_device`` chose, also inside ``meta()``: where something without values would be computed."""
+    return device(_default)
 
 
 def set_default_device(name: str | Device) -> None:

@@ -294,6 +294,9 @@ class Tensor(TensorMethods):
         empty_shape = f", shape={self.shape}" if self.size == 0 else ""
         return f"tensor({body}{empty_shape}{kind}{place}{gradient})"
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec and self.size == 1 else format(str(self), spec)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (np.array(self.detach().numpy()), self.device.name, self._requires_grad)
 

@@ -18,11 +18,9 @@ from brim.cli.settings import TrainSettings, resolve
 from brim.cli.train import make_trainer
 from brim.errors import DataError
 from brim.memory.budget import parse_budget
-from brim.memory.report import MemoryReport, render
 from brim.models import GPT2, GPT2_SIZES, next_token_loss, resnet18, resnet50
-from brim.program.admit import largest
 from brim.program.batch import BatchSearch
-from brim.program.fit import remedies
+from brim.program.check import over_budget
 from brim.program.plan import Plan
 from brim.program.profiles import find_profile
 from brim.train import RunFolder, Trainer
@@ -107,7 +105,7 @@ def run(
             print(f"written   {path}")
     if fits or limit_bytes is None:
         return 0
-    print(_refusal(plan, limit_bytes, settings.budget, search_s))
+    print(over_budget(plan, settings.budget, search_s))
     return EXIT_BUDGET
 
 
@@ -184,26 +182,3 @@ def _largest(plan: Plan, limit_bytes: int, search_s: float) -> str:
     more = search.known.get(found + 1)
     beyond = f" ({found + 1:,} needs {format_bytes(more)})" if more is not None else ""
     return f"batch {found:,}{beyond}"
-
-
-def _refusal(plan: Plan, limit_bytes: int, budget: str, search_s: float | None) -> str:
-    """The report of a plan over its budget, with remedies that were planned themselves."""
-    kinds = {kind: name for kind, name in plan.exactness.items() if kind in ("workspace", "overhead")}
-    return render(
-        MemoryReport(
-            device=plan.device,
-            what=plan.what,
-            phase="plan",
-            budget_bytes=limit_bytes,
-            budget_text=budget,
-            needed_bytes=plan.peak_bytes,
-            live_bytes=0,
-            requested_bytes=0,
-            by_kind=plan.by_kind(),
-            by_layer=[(layer, sum(row.values())) for layer, row in plan.by_layer() if layer],
-            largest=largest(plan),
-            peak_at=plan.peak_at,
-            remedies=list(remedies(plan, limit_bytes, time_s=search_s)) if search_s != 0 else [],
-            exactness=kinds,  # type: ignore[arg-type]
-        )
-    )

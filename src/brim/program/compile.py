@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from brim.context import context, modes
-from brim.device import META, Device, default_device
+from brim.device import META, Device, default_device, process_default
 from brim.device import device as find_device
 from brim.errors import TraceError
 from brim.memory.budget import BudgetLike
@@ -200,7 +200,8 @@ class CompiledStep:
     def _target(self, leaves: Sequence[Any]) -> Device:
         if self.device is not None:
             return find_device(self.device)
-        return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), default_device())
+        found = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), default_device())
+        return found if not found.is_meta else process_default()
 
     def _lower(self, device: Device, check: bool) -> Callable[[Program, Options], Prepared]:
         """What prepares a traced program: the rewrites that options ask for, then the usual passes."""
@@ -235,6 +236,10 @@ class CompiledStep:
     def _compile(self, arguments: Any, leaves: Sequence[Any], options: Options | None = None) -> _Compiled:
         """A version for these arguments. ``options`` are given where a search has found what fits."""
         device = self._target(leaves)
+        with device.memory.arena.lock:  # one thread traces at a time: a trace makes the optimizer's state
+            return self._compile_on(device, arguments, leaves, options)
+
+    def _compile_on(self, device: Device, arguments: Any, leaves: Sequence[Any], options: Options | None) -> _Compiled:
         specs = [_argument_spec(leaf) for leaf in leaves]
         traced, on_meta = trace_step(self.fn, arguments, specs, device)
         if on_meta:

@@ -198,12 +198,12 @@ class PlannedSteps:
         with give_back_on_refusal():
             made = self.plan(train, evaluation)
             refused = refusal(made, self.device)
-            if refused is not None and refused.limit_bytes is not None:
+            if refused is not None and refused.most_bytes is not None:
                 if fit == "recompute":
-                    choice = choose_recomputation(made, refused.limit_bytes, refused.needed)
+                    choice = choose_recomputation(made, refused.most_bytes, refused.needed)
                     if choice is not None and choice.fits:
                         self._train.options = replace(self._train.options, recompute=choice.layers)
-                        tell(describe(made.what, choice, refused.limit_bytes))
+                        tell(describe(made.what, choice, refused.most_bytes))
                         made = self.plan(train, evaluation)
                 elif fit == "microbatch" and (parts := self._fewest_parts(train)) is not None:
                     self.parts = parts
