@@ -216,6 +216,22 @@ def test_a_budget_under_what_is_held() -> None:
     del training
 
 
+def test_room_that_a_larger_program_left_is_given_back_before_a_refusal() -> None:
+    def double(x: Any) -> Any:
+        return x * 2.0
+
+    brim.compile(double)(np.zeros(100_000, np.float32))
+    assert CPU.memory.arena.nbytes >= 400_000
+    gc.collect()
+    others_bytes = brim.memory_stats()["live_bytes"] - CPU.memory.arena.nbytes
+    small = np.ones(100, np.float32)
+    budget_bytes = others_bytes + brim.plan(double, small).peak_bytes
+    assert brim.compile(double, budget=budget_bytes)(small).tolist() == [2.0] * 100
+    assert CPU.memory.arena.nbytes < 4096
+    with pytest.raises(BudgetExceeded):
+        brim.compile(double, budget=budget_bytes - 1)(small)
+
+
 def test_admit_counts_what_is_live_beside_the_plan() -> None:
     training = Training("cnn")
     plan = CompiledStep(training.step).plan(*training.arguments())
@@ -230,7 +246,8 @@ def test_admit_counts_what_is_live_beside_the_plan() -> None:
     del other
     CPU.memory.arena.reserve(plan.arena_bytes + 64)  # another step's arena is used again
     admit(plan, CPU, needed + 64)
-    assert refusal(plan, CPU, needed) is not None
+    assert refusal(plan, CPU, needed) is None  # what is larger than need be is given back first
+    assert refusal(plan, CPU, needed - 1) is not None
 
 
 @pytest.mark.usefixtures("_unhurried")

@@ -305,6 +305,7 @@ def test_micro_batches_are_the_whole_batch() -> None:
         np.testing.assert_allclose(value.numpy(), trainer.model.state_dict()[name].numpy(), rtol=2e-4, atol=2e-6)
     assert [r["loss"] for r in trainer.history] == pytest.approx([r["loss"] for r in whole.history], rel=1e-4)
     assert trainer.history[-1]["accuracy"] == whole.history[-1]["accuracy"]
+    brim.device("cpu").memory.arena.release()
     trainer.budget = _needed(trainer, trainer.plan(1)) - 4096
     with pytest.raises(BudgetExceeded):
         trainer.fit(dataset, 1, batch_size=64)

@@ -105,7 +105,7 @@ def run(
             print(f"written   {path}")
     if fits or limit_bytes is None:
         return 0
-    print(over_budget(plan, settings.budget, search_s))
+    print(over_budget(plan, settings.budget, _SEARCH_S if search_s is None else search_s))
     return EXIT_BUDGET
 
 

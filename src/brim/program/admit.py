@@ -86,7 +86,9 @@ def refusal(plan: Plan, device: Device, budget: BudgetLike | None = None) -> Ref
         return None
     needed = needed_bytes(plan, device)
     if needed > limit:
-        gc.collect()  # nothing is refused for the sake of garbage
+        gc.collect()  # nothing is refused for the sake of garbage, or of room that larger programs left in the arena
+        if memory.arena.nbytes > plan.arena_bytes:
+            memory.arena.release()
         memory.pool.settle()
         needed = needed_bytes(plan, device)
     if needed > limit:
