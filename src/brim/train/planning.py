@@ -14,8 +14,7 @@ from functools import partial
 from typing import Any
 
 from brim.autograd import no_grad
-from brim.context import context
-from brim.device import Device, default_device
+from brim.device import Device, process_default
 from brim.errors import ShapeError, TraceError
 from brim.memory.guard import give_back_on_refusal
 from brim.nn import Module
@@ -268,13 +267,7 @@ def _named(name: str, plan: Plan) -> PlannedProgram:
 
 def real_device(place: Device) -> Device:
     """Where a model will run: its device, or for a model without memory the process's default device."""
-    if not place.is_meta:
-        return place
-    before, context.default_device = context.default_device, None
-    try:
-        return default_device()
-    finally:
-        context.default_device = before
+    return process_default() if place.is_meta else place
 
 
 @contextmanager
