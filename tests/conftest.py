@@ -8,6 +8,8 @@ import importlib.util
 import pytest
 from hypothesis import settings
 
+import brim
+
 # A first call pays for allocations and a shared machine stalls: neither is a failure.
 settings.register_profile("brim", deadline=None)
 settings.load_profile("brim")
@@ -47,3 +49,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") is not None and (reason := _why_no_cuda()):
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _no_arena_of_another_test() -> None:
+    """How much an earlier test left in the arena depends on the order of the tests; no test's memory may."""
+    brim.device("cpu").memory.arena.release()

@@ -110,12 +110,9 @@ def test_planned_is_eager_to_the_last_bit(settings: dict[str, Any]) -> None:
     _assert_same(*found)
 
 
-def test_images_planned_are_eager_but_for_rounding() -> None:
-    """In another layout, sums over images are taken in another order."""
-    found = [_everything(_trainer(_cnn, compile=c), _images(), _images(10), epochs=3) for c in (False, True)]
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
-    for name, value in found[0][2].items():
-        np.testing.assert_allclose(value, found[1][2][name], rtol=1e-3, atol=1e-5)
+def test_images_planned_are_eager_to_the_last_bit() -> None:
+    """The CPU prefers no channels-last layout, so sums over images are taken in the same order."""
+    _assert_same(*[_everything(_trainer(_cnn, compile=c), _images(), _images(10), epochs=3) for c in (False, True)])
 
 
 def test_evaluation_and_prediction_are_eager_but_for_rounding() -> None:
