@@ -15,6 +15,7 @@ from brim.cli.settings import TrainSettings, resolve
 from brim.data import transform_config
 from brim.errors import BudgetExceeded, DataError
 from brim.memory.budget import parse_budget
+from brim.program.check import over_budget
 from brim.train import RunFolder, Trainer
 from brim.units import format_bytes, format_duration
 
@@ -46,7 +47,10 @@ def run(flags: Mapping[str, Any], config: str | None) -> int:
         with device.memory.lowered(budget):
             brim.manual_seed(settings.seed)
             brim.set_default_device(device)
-            model = build_model(shape)
+            try:
+                model = build_model(shape)
+            except BudgetExceeded as error:
+                raise _whole_refusal(settings, shape, train, test, error) from None
             print(f"{settings.dataset}: {len(train):,} training and {len(test):,} test samples of {train.input_shape}")
             trainer = make_trainer(settings, model, device)
             trainer.fit(
@@ -65,6 +69,16 @@ def run(flags: Mapping[str, Any], config: str | None) -> int:
         raise
     _report(trainer, device.memory.stats()["peak_bytes"], limit_bytes, out, time.perf_counter() - start_s)
     return EXIT_INTERRUPTED if trainer.interrupted else 0
+
+
+def _whole_refusal(
+    settings: TrainSettings, shape: Mapping[str, Any], train: Any, test: Any, error: BudgetExceeded
+) -> BudgetExceeded:
+    """The refusal of the whole training, planned without memory, in place of that of the model's first large array."""
+    with brim.meta():
+        trainer = make_trainer(settings, build_model(shape), None)
+    plan = trainer.plan(settings.batch_size, data=train, validation=test)
+    return over_budget(plan, settings.budget) or error
 
 
 def _folder(settings: TrainSettings) -> Path:
