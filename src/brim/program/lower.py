@@ -59,7 +59,6 @@ def _operand(operand: Any) -> Any:
 def _legalize(program: Program, backend: Backend) -> Program:
     """Copies where a kernel wants row-major inputs and gets others."""
     out: list[Instruction] = []
-    changed = False
     for instruction in program.instructions:
         if any(not ref.spec.contiguous for ref in instruction.refs) and instruction.op is not STORE:
             flags = bind(instruction, backend).contiguous
@@ -70,10 +69,9 @@ def _legalize(program: Program, backend: Backend) -> Program:
                     made.site = instruction.site
                     out.append(replace(instruction, op=COPY, ins=(operand,), outs=(made,), params={}))
                     ins[position] = Ref.of(made)
-                    changed = True
-            instruction = replace(instruction, ins=tuple(ins)) if changed else instruction
+            instruction = replace(instruction, ins=tuple(ins))
         out.append(instruction)
-    return program.with_instructions(out) if changed else program
+    return program.with_instructions(out) if len(out) > len(program.instructions) else program
 
 
 def prepare(program: Program, backend: Backend, passes: Sequence[Pass], *, check: bool = True) -> Prepared:
@@ -95,12 +93,12 @@ def prepare(program: Program, backend: Backend, passes: Sequence[Pass], *, check
         if check:
             verify(program)
     program = _legalize(program, backend)
-    aliasing: dict[int, bool] = {}
+    aliasing: dict[Instruction, bool] = {}
 
     def may_alias(instruction: Instruction) -> bool:
-        found = aliasing.get(id(instruction))
+        found = aliasing.get(instruction)
         if found is None:
-            found = aliasing[id(instruction)] = bind(instruction, backend).aliasing
+            found = aliasing[instruction] = bind(instruction, backend).aliasing
         return found
 
     program = in_place(program, may_alias)
