@@ -47,7 +47,7 @@ def test_a_plan_inside_meta_is_the_plan_outside() -> None:
     assert inside.peak_bytes == outside.peak_bytes
     assert inside.by_kind() == outside.by_kind()
     assert inside.device == "cpu"
-    assert brim.memory_stats()["live_bytes"] == live_bytes
+    assert brim.memory_stats()["live_bytes"] <= live_bytes  # less, where garbage of an earlier test went meanwhile
 
 
 def test_a_model_on_meta_is_planned_and_not_run() -> None:
@@ -74,3 +74,14 @@ def test_difference_of_two_plans() -> None:
 def test_a_tensor_of_one_element_is_formatted_as_its_number() -> None:
     assert f"{brim.asarray(1.23456):.3f}" == "1.235"
     assert f"{brim.asarray([1.5])}" == str(brim.asarray([1.5]))
+
+
+def test_the_timeline_reaches_the_peak_where_the_plan_says() -> None:
+    plan = brim.plan(training(), *SPECS)
+    rows = plan.timeline()
+    memory = plan.programs[0].prepared.memory
+    live_bytes = [sum(kinds.values()) for _, kinds in rows]
+    assert len(rows) == len(plan.programs[0].prepared.program.instructions)
+    assert live_bytes == memory.live_bytes[1:-1]
+    assert max(live_bytes) == live_bytes[memory.peak_at] == memory.peak_live_bytes
+    assert any(label.startswith("matmul") for label, _ in rows)

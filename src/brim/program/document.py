@@ -8,7 +8,7 @@ from brim.memory.pool import round_up
 from brim.program.ir import Value
 from brim.program.schema import SCHEMA, layer_rows, peak_by_kind, timeline
 
-__all__ = ["document"]
+__all__ = ["arena_blocks", "document"]
 
 
 def document(plan: Any, version: str) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _bytes(name: str, kind: str, nbytes: int) -> dict[str, Any]:
 
 def _program(planned: Any, resident: list[dict[str, Any]]) -> dict[str, Any]:
     program = planned.prepared.program
-    blocks = _blocks(planned)
+    blocks = arena_blocks(planned)
     times = timeline(len(program.instructions), blocks, resident)
     peak_bytes = max(times["total"])
     return {
@@ -96,7 +96,8 @@ def _program(planned: Any, resident: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _blocks(planned: Any) -> list[dict[str, Any]]:
+def arena_blocks(planned: Any) -> list[dict[str, Any]]:
+    """What lies in the arena of one program, as the entries of ``blocks`` of its document."""
     memory, program = planned.prepared.memory, planned.prepared.program
     unit = planned.prepared.alignment_bytes
     # Of two values in the same memory, the earlier one ends where the later one begins.

@@ -219,10 +219,13 @@ class Program:
         """Value -> numbers of the instructions that read it, in order; results count as one past the last."""
         found: dict[Value, list[int]] = {}
         for n, instruction in enumerate(self.instructions):
-            for ref in instruction.refs:
-                numbers = found.setdefault(ref.value, [])
-                if not numbers or numbers[-1] != n:
-                    numbers.append(n)
+            for operand in instruction.ins:
+                if type(operand) is Ref:  # asked very often: no generator, no isinstance
+                    numbers = found.get(operand.value)
+                    if numbers is None:
+                        found[operand.value] = [n]
+                    elif numbers[-1] != n:
+                        numbers.append(n)
         for ref in self.results:
             found.setdefault(ref.value, []).append(len(self.instructions))
         return found

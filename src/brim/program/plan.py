@@ -22,11 +22,12 @@ from brim.memory.pool import round_up
 from brim.memory.report import KINDS
 from brim.program.batch import batch_of, largest_batch, with_batch
 from brim.program.compare import PlanDifference, compare
-from brim.program.document import document
+from brim.program.document import arena_blocks, document
 from brim.program.html import to_html
 from brim.program.ir import Program, Value
 from brim.program.lower import Prepared
 from brim.program.profiles import find_profile
+from brim.program.schema import timeline
 from brim.units import format_bytes
 
 __all__ = [
@@ -332,13 +333,12 @@ class Plan:
     def timeline(self, program: int = 0) -> list[tuple[str, dict[str, int]]]:
         """For each instruction of a program: its label, and the bytes alive in the arena by kind while it runs."""
         planned = self.programs[program]
-        rows = []
-        for at, one in enumerate(planned.prepared.program.instructions):
-            kinds: dict[str, int] = {}
-            for block in planned.alive_at(at):
-                kinds[block.kind] = kinds.get(block.kind, 0) + block.nbytes
-            rows.append((f"{one.op.name} {one.layer}".strip(), kinds))
-        return rows
+        instructions = planned.prepared.program.instructions
+        by_kind = timeline(len(instructions), arena_blocks(planned), ())["by_kind"]
+        return [
+            (f"{one.op.name} {one.layer}".strip(), {kind: row[at + 1] for kind, row in by_kind.items() if row[at + 1]})
+            for at, one in enumerate(instructions)
+        ]
 
     @property
     def hash(self) -> str:
