@@ -176,7 +176,7 @@ def test_refusal_changes_nothing() -> None:
     trainer.budget = live + 2000
     with pytest.raises(BudgetExceeded):
         trainer.fit(_data(), 1, batch_size=64)
-    assert brim.memory_stats()["live_bytes"] == live
+    assert brim.memory_stats()["live_bytes"] <= live  # garbage of an earlier test may go meanwhile
     assert trainer.optimizer.state_arrays() == {}
     assert all(np.array_equal(weights[name], v.numpy()) for name, v in trainer.model.state_dict().items())
     trainer.budget = None
@@ -188,7 +188,7 @@ def test_plan_before_fit() -> None:
     trainer = _trainer()
     live = brim.memory_stats()["live_bytes"]
     plan = trainer.plan(batch_size=512)
-    assert brim.memory_stats()["live_bytes"] == live
+    assert brim.memory_stats()["live_bytes"] <= live  # garbage of an earlier test may go meanwhile
     assert trainer.optimizer.state_arrays() == {}
     assert [p.name for p in plan.programs] == ["training step", "evaluation"]
     assert plan.input_shapes == [(512, 6), (512,)]
@@ -221,7 +221,7 @@ def test_plan_of_a_model_without_memory() -> None:
     assert plan.device == inside.device == "cpu"
     assert plan.peak_bytes == inside.peak_bytes > 3 * 4 * 100_000**2
     assert plan.by_kind()["optimizer"] == 2 * plan.by_kind()["params"]
-    assert brim.memory_stats()["live_bytes"] == live
+    assert brim.memory_stats()["live_bytes"] <= live  # garbage of an earlier test may go meanwhile
     assert trainer.optimizer.state_arrays() == {}
 
 
