@@ -41,14 +41,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 
-# All that a backend may import of brim.
-BACKEND_API = ("spec", "op", "backend", "expr", "random")
+# All that a backend may import of brim: the protocol, and how to refuse (errors, and sizes in their messages).
+BACKEND_API = ("errors", "units", "spec", "op", "backend", "expr", "random")
 
 # The framework never names these; backends are found by their entry points.
 NEVER_IN_SRC = ("cupy", "cupyx", "brim_cpu", "brim_cuda")
 
 # May be imported inside a function: optional, or too slow for `import brim`.
 LAZY_LIBRARIES = (
+    "cuda",
     "cupy",
     "cupyx",
     "cyclopts",
@@ -302,10 +303,10 @@ def test_a_planted_violation_is_found(tmp_path: Path, name: str, source: str, ex
     [
         ("from brim.tensor import Tensor\n", "imports brim.tensor; of brim a backend may import only"),
         ("import brim\n", "imports brim; of brim a backend may import only"),
-        ("from brim import errors\n", "imports brim; of brim a backend may import only"),
+        ("from brim import device\n", "imports brim; of brim a backend may import only"),
         ("import brim_cuda.kernels\n", "backends do not know each other"),
         ("def f():\n    import ctypes\n", "imports ctypes inside a function"),
-        ("from brim.op import Op\nfrom brim import spec\nfrom brim_cpu import other\nimport numpy\n", None),
+        ("from brim.op import Op\nfrom brim import errors, spec\nfrom brim_cpu import other\nimport numpy\n", None),
     ],
 )
 def test_backends_know_only_the_protocol(tmp_path: Path, source: str, expected: str | None) -> None:

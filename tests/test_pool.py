@@ -55,6 +55,21 @@ def test_rounding_is_booked_as_its_own_kind(nbytes: int, aligned_512: int, align
         assert pool.ledger.live_bytes == 0
 
 
+@pytest.mark.parametrize("small", [0, 1 << 20], ids=["segments", "one by one"])
+def test_what_the_system_refuses_is_not_booked(small: int) -> None:
+    pool = make_pool(small=small)
+    kept = take(pool, 100)
+    held_bytes, pool._allocate = pool.held_bytes, _no_memory
+    with pytest.raises(MemoryError, match="the system has none"):
+        take(pool, 5000)
+    assert pool.held_bytes == held_bytes
+    assert pool.ledger.live_bytes == kept.record.reserved_bytes
+
+
+def _no_memory(nbytes: int) -> None:
+    raise MemoryError(f"the system has none for {nbytes} bytes")
+
+
 def test_zero_bytes_cost_nothing() -> None:
     pool = make_pool(limit=0)
     block = take(pool, 0)

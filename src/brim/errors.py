@@ -16,6 +16,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "ShapeError",
+    "SpillDetected",
     "SwapDetected",
     "TraceError",
 ]
@@ -80,3 +81,17 @@ class SwapDetected(BudgetExceeded):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (str(self), self.report, self.swapped_bytes)
+
+
+class SpillDetected(BudgetExceeded):
+    """The driver put device memory into host memory: what lies there would be used, but many times slower.
+
+    ``spilled_bytes`` is how much, or at least what was taken when it was noticed.
+    """
+
+    def __init__(self, message: str, report: Any = None, spilled_bytes: int = 0) -> None:
+        super().__init__(message, report)
+        self.spilled_bytes = spilled_bytes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.report, self.spilled_bytes)

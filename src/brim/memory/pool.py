@@ -164,8 +164,8 @@ class Pool:
             self._drain()
             if reserved < self.small_bytes:
                 self._admit(reserved, record)
-                self._hold(reserved)
                 record.segment, buffer, offset = None, (self._allocate(reserved) if reserved else None), 0
+                self._hold(reserved)  # not before: the system may refuse
             else:
                 segment, offset = self._place(reserved, record)
                 record.segment, record.offset_bytes, buffer = segment, offset, segment.buffer
