@@ -1,0 +1,130 @@
+"""The loader for tests: kernels compiled by g++ with ``cuda_emulation.h`` and run on NumPy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brim_cuda.launch import Kernel
+from brim_cuda.source import translation_unit
+
+__all__ = ["EmulationError", "EmulationLoader", "find_compiler"]
+
+HEADER = Path(__file__).parent / "cuda_emulation.h"
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
+
+
+class EmulationError(RuntimeError):
+    """A kernel that does not compile, diverges at a barrier or leaves its memory."""
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler, or None: without it nothing can be emulated."""
+    return shutil.which("g++")
+
+
+def _folder() -> Path:
+    """Where compiled kernels are kept from run to run; readable by this user only."""
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"brim-cuda-emulation-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != user or folder.is_symlink():
+        return Path(tempfile.mkdtemp(prefix="brim-cuda-emulation-"))
+    return folder
+
+
+class EmulationLoader:
+    """Functions that run kernels on NumPy arrays in this process, one launch at a time. Implements ``launch.Loader``.
+
+    Attributes:
+        order: in which order the threads of a block run between two barriers: 0 forward, 1 backward (blocks too),
+            another number a shuffle.
+        launches: how many kernels ran.
+    """
+
+    def __init__(self, order: int = 0) -> None:
+        self.order = order
+        self.launches = 0
+        self._functions: dict[Kernel, Any] = {}
+        self._libraries: list[Any] = []
+        self._lock = threading.Lock()
+
+    def functions(self, kernels: Sequence[Kernel]) -> list[Callable[..., None]]:
+        """Launchers of these kernels; those that are new are compiled together. Raises EmulationError."""
+        new = [k for k in dict.fromkeys(kernels) if k not in self._functions]
+        if new:
+            library = self._compiled(new)
+            library.emulation_message.restype = ctypes.c_char_p
+            library.emulation_fault_address.restype = ctypes.c_void_p
+            for kernel in new:
+                function = getattr(library, f"emulated_{kernel.name}")
+                function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_size_t]
+                self._functions[kernel] = (function, library)
+        return [partial(self._launch, k, *self._functions[k]) for k in kernels]
+
+    def address(self, array: Any) -> int:
+        """Address of the first element."""
+        return int(array.__array_interface__["data"][0])
+
+    def _compiled(self, kernels: Sequence[Kernel]) -> Any:
+        exports = "\n".join(f"EMULATION_EXPORT({name})" for name in dict.fromkeys(k.name for k in kernels))
+        text = f'#include "cuda_emulation.h"\n{translation_unit(kernels)}\n{exports}\n'
+        key = hashlib.sha256("\0".join((HEADER.read_text(encoding="utf-8"), text, *FLAGS)).encode()).hexdigest()[:32]
+        target = _folder() / f"{key}.so"
+        if not target.exists():
+            compiler = find_compiler()
+            if compiler is None:
+                raise EmulationError("kernels are emulated with g++, which was not found; install it")
+            with tempfile.TemporaryDirectory(dir=target.parent) as work:
+                source, library = Path(work) / "kernels.cpp", Path(work) / "kernels.so"
+                source.write_text(text, encoding="utf-8")
+                command = [compiler, *FLAGS, f"-I{HEADER.parent}", str(source), "-o", str(library)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise EmulationError(f"the kernels do not compile:\n{done.stderr[:4000]}")
+                library.replace(target)  # whole or not at all
+        return ctypes.CDLL(str(target))
+
+    def _launch(
+        self,
+        kernel: Kernel,
+        function: Any,
+        library: Any,
+        blocks: tuple[int, ...],
+        threads: int,
+        shared_bytes: int,
+        packed: Sequence[Any],
+    ) -> None:
+        # Every argument in eight or more bytes of its own, as a driver's launch takes their addresses.
+        places = [np.array(value) for value in packed]
+        addresses = np.array([place.ctypes.data for place in places], np.uint64)
+        sizes = np.array([*(*blocks, 1, 1)[:3], threads, 1, 1], np.uint32)
+        with self._lock:
+            self.launches += 1
+            code = function(sizes.ctypes.data, addresses.ctypes.data, self.order, shared_bytes)
+            if code == 0:
+                return
+            message = f"kernel {kernel.name}: {library.emulation_message().decode()}"
+            if code == 2:
+                message += _nearest(kernel, packed, library.emulation_fault_address() or 0)
+        raise EmulationError(message)
+
+
+def _nearest(kernel: Kernel, packed: Sequence[Any], address: int) -> str:
+    """How far a fault lies from the start of the nearest array."""
+    starts = {p.name: int(v) for p, v in zip(kernel.params, packed, strict=True) if p.is_pointer}
+    if not starts:
+        return f" (address {address:#x})"
+    name = min(starts, key=lambda n: abs(address - starts[n]))
+    return f" ({address - starts[name]:+d} bytes from the start of {name}, the nearest array)"

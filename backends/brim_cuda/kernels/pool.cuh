@@ -1,0 +1,96 @@
+// Pooling over windows of images (N, C, H, W) of any strides; a thread for each element of the result.
+
+struct Windows {  // height, width
+    int size[2], out[2], kernel[2], stride[2], padding[2], dilation[2], inside_only;
+};
+
+template <class I> struct Place {
+    I n, c;
+    int h, w;
+};
+template <class I> BRIM_FN Place<I> place_of(I at, I channels, const int* size) {
+    const I row = at / size[1], plane = row / size[0], n = plane / channels;
+    return Place<I>{n, plane - n * channels, (int)(row - plane * size[0]), (int)(at - row * size[1])};
+}
+template <class I> BRIM_FN I offset4(const I* strides, const Place<I>& p) {
+    return p.n * strides[0] + p.c * strides[1] + p.h * strides[2] + p.w * strides[3];
+}
+template <class I> struct Strides4 {
+    I x[4], y[4], z[4];
+};
+
+// The largest of each window, and the first position at which it lies; of NaNs the last. -inf at 0: nothing inside.
+template <class T, class I>
+BRIM_FN void max_pool(const T* x, T* y, int* index, I n, I channels, const Windows& win, const Strides4<I>& strides) {
+    for (I at = (I)(blockIdx.x * blockDim.x + threadIdx.x); at < n; at += (I)(gridDim.x * blockDim.x)) {
+        const Place<I> place = place_of(at, channels, win.out);
+        typename Arithmetic<T>::type best = -__int_as_float(0x7f800000);
+        int found = -1;
+        for (int i = 0; i < win.kernel[0]; ++i)
+            for (int j = 0; j < win.kernel[1]; ++j) {
+                const int h = place.h * win.stride[0] - win.padding[0] + i * win.dilation[0];
+                const int w = place.w * win.stride[1] - win.padding[1] + j * win.dilation[1];
+                if (h < 0 || w < 0 || h >= win.size[0] || w >= win.size[1]) continue;
+                const auto value = cast<typename Arithmetic<T>::type>(x[offset4(strides.x, Place<I>{place.n, place.c, h, w})]);
+                if (value != value || value > best || (found < 0 && value == best))
+                    best = value, found = h * win.size[1] + w;
+            }
+        y[offset4(strides.y, place)] = cast<T>(best);
+        index[offset4(strides.z, place)] = found < 0 ? 0 : found;
+    }
+}
+
+// Elements at the positions that max_pool found. out: the shape of the positions.
+template <class T, class I>
+BRIM_FN void max_pool_pick(const T* x, const int* index, T* y, I n, I channels, const Windows& win, const Strides4<I>& strides) {
+    for (I at = (I)(blockIdx.x * blockDim.x + threadIdx.x); at < n; at += (I)(gridDim.x * blockDim.x)) {
+        const Place<I> place = place_of(at, channels, win.out);
+        const int found = index[offset4(strides.z, place)];
+        y[offset4(strides.y, place)] =
+            x[offset4(strides.x, Place<I>{place.n, place.c, found / win.size[1], found % win.size[1]})];
+    }
+}
+
+// 1 / (elements of a window that count) along one axis.
+BRIM_FN double share(const Windows& win, int axis, int at) {
+    if (!win.inside_only) return 1.0 / win.kernel[axis];
+    const int start = at * win.stride[axis] - win.padding[axis], stop = start + win.kernel[axis];
+    return 1.0 / ((stop < win.size[axis] ? stop : win.size[axis]) - (start > 0 ? start : 0));
+}
+
+template <class T, class I>
+BRIM_FN void avg_pool(const T* x, T* y, I n, I channels, const Windows& win, const Strides4<I>& strides) {
+    typedef typename Arithmetic<T>::type A;
+    for (I at = (I)(blockIdx.x * blockDim.x + threadIdx.x); at < n; at += (I)(gridDim.x * blockDim.x)) {
+        const Place<I> place = place_of(at, channels, win.out);
+        A total = A(0);
+        for (int i = 0; i < win.kernel[0]; ++i)
+            for (int j = 0; j < win.kernel[1]; ++j) {
+                const int h = place.h * win.stride[0] - win.padding[0] + i, w = place.w * win.stride[1] - win.padding[1] + j;
+                if (h < 0 || w < 0 || h >= win.size[0] || w >= win.size[1]) continue;
+                total = s::add(total, cast<A>(x[offset4(strides.x, Place<I>{place.n, place.c, h, w})]));
+            }
+        total = s::mul(total, (A)share(win, 0, place.h));
+        y[offset4(strides.y, place)] = cast<T>(s::mul(total, (A)share(win, 1, place.w)));
+    }
+}
+
+// What every window that covers an element gives it: gathered, in the order of the windows' elements.
+template <class T, class I>
+BRIM_FN void avg_pool_grad(const T* g, T* y, I n, I channels, const Windows& win, const Strides4<I>& strides) {
+    typedef typename Arithmetic<T>::type A;
+    for (I at = (I)(blockIdx.x * blockDim.x + threadIdx.x); at < n; at += (I)(gridDim.x * blockDim.x)) {
+        const Place<I> place = place_of(at, channels, win.size);
+        A total = A(0);
+        for (int i = 0; i < win.kernel[0]; ++i)
+            for (int j = 0; j < win.kernel[1]; ++j) {
+                const int above = place.h + win.padding[0] - i, left = place.w + win.padding[1] - j;
+                if (above < 0 || left < 0 || above % win.stride[0] != 0 || left % win.stride[1] != 0) continue;
+                const int h = above / win.stride[0], w = left / win.stride[1];
+                if (h >= win.out[0] || w >= win.out[1]) continue;
+                const A given = cast<A>(g[offset4(strides.x, Place<I>{place.n, place.c, h, w})]);
+                total = s::add(total, s::mul(s::mul(given, (A)share(win, 0, h)), (A)share(win, 1, w)));
+            }
+        y[offset4(strides.y, place)] = cast<T>(total);
+    }
+}

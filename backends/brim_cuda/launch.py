@@ -1,0 +1,292 @@
+"""The typed launch layer: kernels with declared parameters, calls of them, and the interface of a loader.
+
+A loader turns kernels into functions: ``brim_cuda.gpu`` on a GPU, ``brim_cuda.emulation`` on the CPU. Both get the same
+grids, blocks and packed arguments. Every argument has a declared type, so that no Python float reaches a kernel as a
+double and no array of the wrong dtype is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from brim.backend import BoundKernel, ScalarCell
+from brim.spec import DTYPES, Spec
+
+__all__ = [
+    "BLOCK",
+    "C_TYPES",
+    "Call",
+    "In",
+    "Kernel",
+    "Loader",
+    "Out",
+    "Param",
+    "Scratch",
+    "blocks_for",
+    "bound",
+    "index_dtype",
+    "named_kernel",
+    "pack",
+    "pointer",
+]
+
+BLOCK = 256
+"""Threads of a block, unless a kernel wants another number."""
+
+C_TYPES: dict[np.dtype[Any], str] = {
+    DTYPES["bool"]: "bool",
+    **{DTYPES[f"int{bits}"]: f"i{bits}" for bits in (8, 16, 32, 64)},
+    **{DTYPES[f"uint{bits}"]: f"u{bits}" for bits in (8, 16, 32, 64)},
+    DTYPES["float16"]: "f16",
+    DTYPES["bfloat16"]: "bf16",
+    DTYPES["float32"]: "float",
+    DTYPES["float64"]: "double",
+}
+"""How brim's dtypes are called in the ``.cuh`` files; complex numbers have no kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One parameter of a kernel.
+
+    Attributes:
+        name: its name in the source.
+        dtype: dtype of the number, of the elements pointed to, or of a struct (a structured dtype).
+        is_pointer: whether it is the address of an array on the device.
+        ctype: its type in the source; by default from ``dtype``.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    is_pointer: bool = False
+    ctype: str = ""
+
+    def __str__(self) -> str:
+        ctype = self.ctype or C_TYPES[self.dtype]
+        return f"{ctype}* {self.name}" if self.is_pointer else f"{ctype} {self.name}"
+
+
+def pointer(name: str, dtype: np.dtype[Any], *, const: bool = False) -> Param:
+    """A parameter that points to elements of this dtype."""
+    return Param(name, dtype, True, ("const " if const else "") + C_TYPES[dtype])
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A ``__global__`` function.
+
+    Attributes:
+        name: its name, the same as of no other kernel.
+        params: its parameters, in order.
+        source: its text, without what it includes.
+        includes: files of ``brim_cuda/kernels`` that come before it, in order.
+    """
+
+    name: str
+    params: tuple[Param, ...]
+    source: str
+    includes: tuple[str, ...]
+
+
+def named_kernel(prefix: str, params: Sequence[Param], text: str, includes: Sequence[str]) -> Kernel:
+    """A kernel from a text in which NAME and PARAMS stand for its name and parameters.
+
+    Its name is made of the text, so that equal kernels are one.
+    """
+    text = text.replace("PARAMS", ", ".join(map(str, params)))
+    name = f"{prefix}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return Kernel(name, tuple(params), text.replace("NAME", name), tuple(includes))
+
+
+@dataclass(frozen=True, slots=True)
+class In:
+    """Argument: input ``index`` of the op, an array or a scalar, as the parameter's type.
+
+    ``offset`` counts elements from an array's first one.
+    """
+
+    index: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """Argument: output ``index`` of the op, from its element ``offset`` on."""
+
+    index: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Argument: the scratch from a byte on."""
+
+    offset_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: which.
+        blocks: size of the grid, up to three numbers.
+        args: one an argument: ``In``, ``Out``, ``Scratch``, or a number (a NumPy structure for a struct).
+        threads: size of a block.
+        shared_bytes: dynamic shared memory.
+        only_if_apart: an input and an output; nothing is launched where they are the same memory.
+    """
+
+    kernel: Kernel
+    blocks: tuple[int, ...]
+    args: tuple[Any, ...]
+    threads: int = BLOCK
+    shared_bytes: int = 0
+    only_if_apart: tuple[int, int] | None = None
+
+
+class Loader(Protocol):
+    """Turns kernels into functions that run on a device."""
+
+    def functions(self, kernels: Sequence[Kernel]) -> list[Callable[..., None]]:
+        """For each kernel ``launch(blocks, threads, shared_bytes, packed)``; compiled together where possible."""
+
+    def address(self, array: Any) -> int:
+        """Address of an array's first element on the device."""
+
+
+def pack(param: Param, value: Any) -> Any:
+    """A value as the NumPy scalar or structure that is passed for a parameter.
+
+    Raises:
+        TypeError: its type is not the declared one (a float for an integer, a number for a pointer...).
+        OverflowError: an integer that the declared type does not hold.
+    """
+    if param.is_pointer:
+        raise TypeError(f"parameter {param.name} is a pointer: pass an array, not {type(value).__name__}")
+    dtype = param.dtype
+    if dtype.fields is not None:
+        if not (isinstance(value, np.ndarray) and value.dtype == dtype and value.size == 1):
+            raise TypeError(f"parameter {param.name} is a struct: pass one element of its dtype, not {value!r}")
+        return value
+    if isinstance(value, np.generic):
+        if value.dtype != dtype:
+            raise TypeError(f"parameter {param.name} is {dtype}, got {value.dtype}")
+        return _as_passed(value)
+    fits = {"b": bool, "i": int, "u": int}.get(dtype.kind, (bool, int, float))
+    if not isinstance(value, fits) or (isinstance(value, bool) and dtype.kind in "iu"):
+        raise TypeError(f"parameter {param.name} is {dtype}, got {type(value).__name__} {value!r}")
+    return _as_passed(dtype.type(value))
+
+
+def _as_passed(number: Any) -> Any:
+    """The half-width floats travel as their bits: not every launcher knows bfloat16."""
+    return number.view(np.uint16) if number.dtype in (DTYPES["float16"], DTYPES["bfloat16"]) else number
+
+
+def _pack_array(param: Param, array: Any, loader: Loader, offset: int) -> np.uint64:
+    if not param.is_pointer or array.dtype != param.dtype:
+        want = f"a pointer to {param.dtype}" if param.is_pointer else str(param.dtype)
+        raise TypeError(f"parameter {param.name} is {want}, got an array of {array.dtype}")
+    return np.uint64(loader.address(array) + offset * param.dtype.itemsize)
+
+
+def bound(
+    loader: Loader,
+    calls: Sequence[Call],
+    *,
+    scratch_bytes: int = 0,
+    contiguous: tuple[bool, ...] = (),
+    aliasing: bool = False,
+) -> BoundKernel:
+    """The kernel of an op that consists of these launches, in order."""
+    for call in calls:
+        if len(call.args) != len(call.kernel.params):
+            raise TypeError(f"{call.kernel.name} takes {len(call.kernel.params)} arguments, got {len(call.args)}")
+    made: list[Callable[..., None]] = []  # compiled at the first use: a plan needs no compiler
+
+    def functions() -> list[Callable[..., None]]:
+        if not made:
+            made.extend(loader.functions([call.kernel for call in calls]))
+        return made
+
+    def packed(
+        call: Call, out: Any, ins: Sequence[Any], scratch: Any
+    ) -> tuple[list[Any], list[tuple[int, ScalarCell]]]:
+        outs = out if isinstance(out, tuple) else (out,)
+        values: list[Any] = []
+        cells: list[tuple[int, ScalarCell]] = []
+        for n, (param, arg) in enumerate(zip(call.kernel.params, call.args, strict=True)):
+            if isinstance(arg, Scratch):
+                values.append(np.uint64(loader.address(scratch) + arg.offset_bytes))
+                continue
+            value = outs[arg.index] if isinstance(arg, Out) else ins[arg.index] if isinstance(arg, In) else arg
+            if isinstance(value, ScalarCell):
+                cells.append((n, value))
+                value = scalar_of(value, param)
+            elif isinstance(arg, In) and not param.is_pointer:
+                value = scalar_of(value, param)
+            if param.is_pointer:
+                offset = arg.offset if isinstance(arg, In | Out) else 0
+                values.append(_pack_array(param, value, loader, offset))
+            else:
+                values.append(pack(param, value))
+        return values, cells
+
+    def wanted(call: Call, out: Any, ins: Sequence[Any]) -> bool:
+        if call.only_if_apart is None:
+            return True
+        outs = out if isinstance(out, tuple) else (out,)
+        source, target = call.only_if_apart
+        return loader.address(ins[source]) != loader.address(outs[target])
+
+    def run(out: Any, *ins: Any, scratch: Any = None, **params: Any) -> None:
+        for call, function in zip(calls, functions(), strict=True):
+            if not wanted(call, out, ins):
+                continue
+            values, _ = packed(call, out, ins, scratch)
+            function(call.blocks, call.threads, call.shared_bytes, values)
+
+    def prepare(out: Any, *ins: Any, scratch: Any = None, **params: Any) -> list[Callable[[], None]]:
+        steps: list[Callable[[], None]] = []
+        for call, function in zip(calls, functions(), strict=True):
+            if not wanted(call, out, ins):
+                continue
+            values, cells = packed(call, out, ins, scratch)
+            steps.append(partial(_launch, call, function, values, cells))
+        return steps
+
+    return BoundKernel(run, scratch_bytes, 0, contiguous, aliasing, prepare)
+
+
+def _launch(call: Call, function: Callable[..., None], values: list[Any], cells: list[tuple[int, ScalarCell]]) -> None:
+    for n, cell in cells:
+        values[n] = pack(call.kernel.params[n], scalar_of(cell, call.kernel.params[n]))
+    function(call.blocks, call.threads, call.shared_bytes, values)
+
+
+def scalar_of(value: Any, param: Param) -> Any:
+    """A scalar input of an op as the number that a parameter takes: converted as NumPy converts a Python number."""
+    number = value.value if isinstance(value, ScalarCell) else value
+    return param.dtype.type(number)
+
+
+def blocks_for(threads: int, limit: int = 32768) -> int:
+    """Blocks of ``BLOCK`` threads; kernels loop where there would be more than ``limit``."""
+    return max(1, min(math.ceil(threads / BLOCK), limit))
+
+
+def index_dtype(arrays: Sequence[Spec]) -> np.dtype[Any]:
+    """int32 where that counts every element and reaches every address (in elements) with room to step, else int64."""
+    reach = 0
+    for spec in arrays:
+        span = sum(abs(step) * (dim - 1) for dim, step in zip(spec.shape, spec.strides, strict=True) if dim > 0)
+        reach = max(reach, spec.size, span)
+    return DTYPES["int32" if reach < 2**30 else "int64"]

@@ -1,0 +1,83 @@
+"""How CUDA kernels are registered, ``@kernel("name")`` on a function of specs, and how a kernel is chosen for an op."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from brim.backend import BoundKernel
+from brim.op import Op
+from brim.spec import Scalar, Spec
+from brim_cuda import kernels
+from brim_cuda.elementwise import elementwise_calls, fused_calls
+from brim_cuda.launch import Call, Loader, bound
+
+__all__ = ["KERNELS", "Work", "bind", "kernel", "work_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an op does on operands of certain specs, decided without a device.
+
+    Attributes:
+        calls: launches, in order.
+        scratch_bytes: working memory that they use.
+        contiguous: which inputs must be row-major.
+        aliasing: whether an output may be one of the inputs, element for element.
+    """
+
+    calls: Sequence[Call]
+    scratch_bytes: int = 0
+    contiguous: tuple[bool, ...] = ()
+    aliasing: bool = False
+
+
+Binder = Callable[..., Work]
+KERNELS: dict[str, Binder] = {}
+
+
+def kernel(*names: str) -> Callable[[Binder], Binder]:
+    """Decorator: register ``f(ins, outs, **params) -> Work`` for ops; with several names it gets ``name=`` too.
+
+    The function raises KeyError for specs that it has no kernel for.
+    """
+
+    def register(binder: Binder) -> Binder:
+        for name in names:
+            if name in KERNELS:
+                raise ValueError(f"a CUDA kernel for {name!r} exists already")
+            KERNELS[name] = (
+                binder if len(names) == 1 else lambda *args, name=name, **params: binder(*args, name=name, **params)
+            )
+        return binder
+
+    return register
+
+
+def work_of(op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> Work:
+    """The launches for an op on these specs. Raises KeyError where there is no kernel."""
+    if not KERNELS:
+        for family in pkgutil.iter_modules(kernels.__path__):
+            importlib.import_module(f"{kernels.__name__}.{family.name}")
+    if op.kind == "elementwise" and op.name not in KERNELS:
+        return Work(elementwise_calls(op, ins, outs[0], params), aliasing=True)
+    if op.name == "fused":
+        return Work(fused_calls(params["formula"], ins, outs), aliasing=True)
+    return KERNELS[op.name](ins, outs, **params)
+
+
+def bind(
+    loader: Loader, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
+) -> BoundKernel:
+    """The kernel for an op on these specs, run by a loader. Raises KeyError where there is none."""
+    work = work_of(op, ins, outs, params)
+    return bound(
+        loader,
+        work.calls,
+        scratch_bytes=work.scratch_bytes,
+        contiguous=work.contiguous or (False,) * len(ins),
+        aliasing=work.aliasing,
+    )

@@ -1,0 +1,82 @@
+"""Every CUDA kernel compiles for the GPUs that brim is meant for: NVRTC alone, no driver and no GPU."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from brim.op import REGISTRY
+from brim.spec import DTYPES, Spec
+from brim_cuda import nvrtc
+from brim_cuda.launch import Kernel, named_kernel, pointer
+from brim_cuda.nvrtc import NvrtcError, compile_cubin, compile_ptx, find_nvrtc, nvrtc_version
+from brim_cuda.registry import KERNELS, work_of
+from brim_cuda.source import translation_unit
+from emulating import kernels_of, recorded, recorded_in_networks
+from test_cuda_elementwise import random_formula, work_for
+
+needs_nvrtc = pytest.mark.skipif(find_nvrtc() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc-cu12")
+MAX_REGISTERS = 128  # two blocks of 256 threads on a multiprocessor with 65536
+MAX_SPILL_BYTES = 16
+
+
+def all_kernels() -> list[Kernel]:
+    """Those of every call that the table of ops and the planned test networks lead to, and of some random formulas."""
+    works = [work for one in (*recorded(), *recorded_in_networks()) if (work := one.work()) is not None]
+    works += [work_for(*random_formula(np.random.default_rng(seed))) for seed in range(10)]
+    return kernels_of(works)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_every_kernel_compiles(arch: str) -> None:
+    kernels = all_kernels()
+    assert {one.op.name for one in recorded() if one.work() is not None} >= set(KERNELS)
+    done = compile_cubin(translation_unit(kernels), arch, ["--ptxas-options=-v"])
+    assert done.cubin.startswith(b"\x7fELF")
+    assert all(kernel.name.encode() in done.cubin for kernel in kernels)
+    registers = list(map(int, re.findall(r"Used (\d+) registers", done.log)))
+    spills = list(map(int, re.findall(r"(\d+) bytes spill stores", done.log)))
+    assert len(registers) == len(kernels)
+    assert max(registers) <= MAX_REGISTERS
+    assert max(spills) <= MAX_SPILL_BYTES
+    assert "warning" not in done.log
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("dtype", "loads"), [("float32", "v4"), ("float64", "v2"), ("bfloat16", "v4")])
+def test_dense_arrays_are_read_and_written_in_pieces_of_16_bytes(dtype: str, loads: str) -> None:
+    specs = [Spec((1000,), DTYPES[dtype])] * 2
+    work = work_of(REGISTRY["add"], specs, specs[:1], {})
+    ptx = compile_ptx(translation_unit(kernels_of([work])), "compute_80")
+    kind = {"float32": "[fbu]32", "float64": "[fbu]64", "bfloat16": "[bu](32|16)"}[dtype]
+    assert len(re.findall(rf"ld\.global\S*\.{loads}\.{kind}", ptx)) >= 2
+    assert len(re.findall(rf"st\.global\S*\.{loads}\.{kind}", ptx)) >= 1
+    assert "fma" not in ptx, "a contracted product would round otherwise than the CPU"
+    assert ".ftz" not in ptx
+
+
+def small(body: str) -> str:
+    params = [pointer("x", DTYPES["float32"])]
+    kernel = named_kernel("small", params, f'extern "C" __global__ void NAME(PARAMS) {{ {body} }}\n', ("scalar.cuh",))
+    return translation_unit([kernel])
+
+
+@needs_nvrtc
+def test_errors_name_the_file_and_line() -> None:
+    assert nvrtc_version() >= (12, 0)
+    assert compile_cubin(small("x[0] = s::exp(x[1]);"), "sm_90").log == ""
+    with pytest.raises(NvrtcError, match=r"(?s)refuses the kernels for sm_90.*small_\w+\(1\): error.*nonsense"):
+        compile_cubin(small("nonsense;"), "sm_90")
+    with pytest.raises(NvrtcError, match="sm_1"):
+        compile_cubin(small(""), "sm_1")
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "find_nvrtc", lambda: None)
+    nvrtc._library.cache_clear()
+    with pytest.raises(NvrtcError, match="pip install nvidia-cuda-nvrtc-cu12"):
+        compile_cubin("", "sm_90")
+    nvrtc._library.cache_clear()
