@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import brim
+from brim import op as op_module
 from brim.backend import BoundKernel, ScalarCell
 from brim.op import Op
 from brim.spec import Spec
@@ -46,6 +47,11 @@ class Recorded:
         return f"{self.op.name}({', '.join(map(str, self.ins))}, {self.params})"
 
 
+def _forget_bound_kernels() -> None:
+    """Eager ops keep the kernels that earlier tests bound: those would not be noted, and noted ones not forgotten."""
+    op_module._eager._plans.clear()
+
+
 class _Recorder:
     """While it is entered, every kernel that the CPU backend binds notes down its first call."""
 
@@ -59,10 +65,12 @@ class _Recorder:
             return self._noting(original(backend, op, ins, outs, params), op, ins, outs, params)
 
         CpuBackend.bind = bind  # type: ignore[method-assign]
+        _forget_bound_kernels()
         return self
 
     def __exit__(self, *error: object) -> None:
         CpuBackend.bind = self._original  # type: ignore[method-assign]
+        _forget_bound_kernels()
 
     def _noting(self, kernel: BoundKernel, op: Op, ins: Any, outs: Any, params: Any) -> BoundKernel:
         key = repr((op.name, ins, outs, params))
