@@ -7,7 +7,7 @@ memory that ``plan_memory`` gave it, where a wrong lifetime or a wrong sharing d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,11 @@ from brim.backend import BoundKernel
 from brim.expr import FusedFormula
 from brim.program.ir import FUSED, STORE, HostScalar, Instruction, Program, Ref, Value
 from brim.program.place import MemoryMap
+from brim.program.verify import verify
 from brim.random import philox
 from brim.spec import DTYPES, Spec
 from brim_cpu import backend
+from random_programs import random_arrays
 
 __all__ = ["Outcome", "evaluate_fused", "kernels_of", "run_program"]
 
@@ -76,6 +78,21 @@ def run_program(
     results = [run.array(ref).copy() for ref in program.results]
     states = {state: run.array(Ref(run.lies_in.get(state, state), state.spec)).copy() for state in program.states}
     return Outcome(results, states, run.log)
+
+
+def changed_by(one_pass: Callable[[Program], Program], program: Program) -> Program:
+    """A program after a pass, checked: well formed, the argument unchanged, the same results and states to the bit."""
+    text = str(program)
+    after = one_pass(program)
+    assert str(program) == text
+    verify(after)
+    arrays = random_arrays(program)
+    wanted, found = run_program(program, arrays), run_program(after, arrays)
+    for a, b in zip(wanted.results, found.results, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for state in program.states:
+        np.testing.assert_array_equal(wanted.states[state], found.states[state])
+    return after
 
 
 def kernels_of(program: Program) -> list[BoundKernel | None]:

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 import brim
 from brim.backend import BoundKernel, ScalarCell
 from brim.expr import FormulaBuilder, FusedFormula, ScalarStep
-from brim.op import REGISTRY
+from brim.op import REGISTRY, formula_of
 from brim.program.ir import FUSED
 from brim.spec import DTYPES, Spec, is_float
 from brim_cpu import blocks, fused
 from brim_cpu.device import CpuBackend
-from brim_cpu.elementwise import formula_of
 from optable import FLOATS, Row, all_rows
 
 Array = np.ndarray[Any, Any]

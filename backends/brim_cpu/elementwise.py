@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from brim.backend import BoundKernel
-from brim.expr import Call, FormulaBuilder, FusedFormula
-from brim.op import Op, is_plain_call
+from brim.expr import Call
+from brim.op import Op, formula_of, is_plain_call
 from brim.spec import Scalar, Spec
 from brim_cpu.blocks import as_float32
 from brim_cpu.fused import Evaluator
 from brim_cpu.scalars import UFUNCS, is_ufunc
 
-__all__ = ["bind_elementwise", "formula_of"]
+__all__ = ["bind_elementwise"]
 
 Array = np.ndarray[Any, Any]
 
@@ -31,13 +31,6 @@ def bind_elementwise(op: Op, ins: Sequence[Spec | Scalar], out: Spec, params: di
         return BoundKernel(direct, aliasing=True, prepare=prepare)
     evaluator = Evaluator(formula_of(op, ins, out, params), ins, (out,))
     return BoundKernel(evaluator.run, evaluator.scratch_bytes, aliasing=True, prepare=evaluator.prepare)
-
-
-def formula_of(op: Op, ins: Sequence[Spec | Scalar], out: Spec, params: dict[str, Any]) -> FusedFormula:
-    """The typed steps of one elementwise op."""
-    builder = FormulaBuilder([i.dtype if isinstance(i, Spec) else None for i in ins])
-    result = op.splice(builder, [("in", n) for n in range(len(ins))], ins, params, out.dtype)
-    return builder.formula([builder.result(result, out.dtype, out.dtype)])
 
 
 def _direct(op: Op, ins: Sequence[Spec | Scalar], out: Spec, params: dict[str, Any]) -> Callable[..., None] | None:

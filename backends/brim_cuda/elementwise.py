@@ -8,20 +8,13 @@ from typing import Any
 import numpy as np
 
 from brim.expr import FormulaBuilder, FusedFormula
-from brim.op import Op
+from brim.op import Op, formula_of
 from brim.spec import Scalar, Spec
 from brim_cuda.cuda_c import dense_kernel, scalar_uses, strided_kernel, walk_dtype
 from brim_cuda.launch import Call, In, Out, blocks_for, index_dtype
 from brim_cuda.layout import broadcast_strides, merged
 
-__all__ = ["copy_calls", "elementwise_calls", "formula_of", "fused_calls", "slot_values"]
-
-
-def formula_of(op: Op, ins: Sequence[Spec | Scalar], out: Spec, params: dict[str, Any]) -> FusedFormula:
-    """The typed steps of one elementwise op."""
-    builder = FormulaBuilder([i.dtype if isinstance(i, Spec) else None for i in ins])
-    result = op.splice(builder, [("in", n) for n in range(len(ins))], ins, params, out.dtype)
-    return builder.formula([builder.result(result, out.dtype, out.dtype)])
+__all__ = ["copy_calls", "elementwise_calls", "fused_calls", "slot_values"]
 
 
 def elementwise_calls(op: Op, ins: Sequence[Spec | Scalar], out: Spec, params: dict[str, Any]) -> list[Call]:

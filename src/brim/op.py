@@ -23,7 +23,7 @@ import numpy as np
 
 from brim.context import context
 from brim.errors import DTypeError
-from brim.expr import Arg, Call, Expr, FormulaBuilder, Operand, call, substitute, trace_formula
+from brim.expr import Arg, Call, Expr, FormulaBuilder, FusedFormula, Operand, call, substitute, trace_formula
 from brim.spec import (
     DTYPES,
     Scalar,
@@ -37,7 +37,7 @@ from brim.spec import (
     promote,
 )
 
-__all__ = ["REGISTRY", "Op", "composite", "elementwise", "primitive", "set_eager_interpreter", "view"]
+__all__ = ["REGISTRY", "Op", "composite", "elementwise", "formula_of", "primitive", "set_eager_interpreter", "view"]
 
 REGISTRY: dict[str, Op] = {}
 
@@ -314,6 +314,13 @@ def composite(
         return Op(name, "composite", arity=arity, outputs=outputs, aux=aux, vjp=vjp, body=body, doc=body.__doc__)
 
     return register
+
+
+def formula_of(op: Op, ins: Sequence[Spec | Scalar], out: Spec, params: dict[str, Any]) -> FusedFormula:
+    """The typed steps of one elementwise op."""
+    builder = FormulaBuilder([i.dtype if isinstance(i, Spec) else None for i in ins])
+    result = op.splice(builder, [("in", n) for n in range(len(ins))], ins, params, out.dtype)
+    return builder.formula([builder.result(result, out.dtype, out.dtype)])
 
 
 def is_plain_call(tree: Expr) -> bool:

@@ -15,7 +15,7 @@ from brim.memory.report import LiveBlock, MemoryReport, budget_exceeded
 from brim.program.fit import remedies
 from brim.program.plan import Plan
 
-__all__ = ["Refusal", "admit", "refusal"]
+__all__ = ["Refusal", "admit", "plan_report", "refusal"]
 
 Remedies = Callable[[Plan, int, Callable[[Plan], int]], Sequence[str]]
 
@@ -127,22 +127,30 @@ def _report(refused: Refusal, remedies: Sequence[str]) -> MemoryReport:
             by_kind["rounding"] -= r.reserved_bytes - r.value.nbytes
     spare_bytes = max(0, ledger.by_kind["arena"] - plan.arena_bytes)
     by_kind["holes"] = by_kind.get("holes", 0) + spare_bytes
-    return MemoryReport(
-        device=plan.device,
-        what=plan.what,
-        phase="plan",
+    return plan_report(
+        plan,
         budget_bytes=refused.limit_bytes,
         budget_text=refused.limit_text,
         needed_bytes=refused.needed_bytes,
         live_bytes=ledger.live_bytes,
-        requested_bytes=0,
         by_kind=by_kind,
-        by_layer=[(layer, sum(row.values())) for layer, row in plan.by_layer() if layer],
-        largest=largest(plan),
-        peak_at=plan.peak_at,
         available_bytes=available,
         available_text=read_host_memory().tightest_available[0] if available is not None else "",
         remedies=list(remedies),
+    )
+
+
+def plan_report(plan: Plan, **figures: Any) -> MemoryReport:
+    """The report of a plan: what it says of itself, and figures of whoever holds it against a budget."""
+    return MemoryReport(
+        device=plan.device,
+        what=plan.what,
+        phase="plan",
+        requested_bytes=0,
+        by_layer=[(layer, sum(row.values())) for layer, row in plan.by_layer() if layer],
+        largest=largest(plan),
+        peak_at=plan.peak_at,
+        **figures,
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from brim.errors import BudgetExceeded
 from brim.memory.budget import BudgetLike
-from brim.memory.report import MemoryReport, budget_exceeded
-from brim.program.admit import largest
+from brim.memory.report import budget_exceeded
+from brim.program.admit import plan_report
 from brim.program.compile import plan as make_plan
 from brim.program.fit import remedies
 from brim.program.plan import Plan
@@ -27,21 +27,15 @@ def over_budget(plan: Plan, budget: BudgetLike, search_s: float | None = None) -
     if limit_bytes is None or plan.peak_bytes <= limit_bytes:
         return None
     return budget_exceeded(
-        MemoryReport(
-            device=plan.device,
-            what=plan.what,
-            phase="plan",
+        plan_report(
+            plan,
             budget_bytes=limit_bytes,
             budget_text=str(budget),
             needed_bytes=plan.peak_bytes,
             live_bytes=0,
-            requested_bytes=0,
             by_kind=plan.by_kind(),
-            by_layer=[(layer, sum(row.values())) for layer, row in plan.by_layer() if layer],
-            largest=largest(plan),
-            peak_at=plan.peak_at,
             remedies=list(remedies(plan, limit_bytes, time_s=search_s)) if search_s != 0 else [],
-            exactness={k: v for k, v in plan.exactness.items() if k in ("workspace", "overhead")},  # type: ignore[misc]
+            exactness={k: v for k, v in plan.exactness.items() if k in ("workspace", "overhead")},
         )
     )
 

@@ -22,7 +22,7 @@ import numpy as np
 from brim.context import context, set_grad_enabled
 from brim.device import Device
 from brim.eager import Eager, check_out
-from brim.errors import DeviceError, TraceError
+from brim.errors import TraceError
 from brim.memory.ledger import user_site
 from brim.op import REGISTRY, Op
 from brim.program.ir import STORE, HostScalar, Instruction, Program, Ref, Value
@@ -462,7 +462,7 @@ def trace(
         step = tracer.finish(box)
         tracer.find_leaks()
         return step
-    except BaseException as error:
+    except BaseException:
         for leaf in tracer._leaves.values():
             leaf.tensor._grad = leaf.entry
         for form in tracer.modules.values():
@@ -470,8 +470,6 @@ def trace(
                 form.module.__dict__[registry].update(form.registries[registry])
         for _, _, _, forget in tracer.created:
             forget()
-        if isinstance(error, DeviceError) and "meta" in str(error):
-            raise MetaState from None
         raise
     finally:
         context.interpreter, context.default_device = before
