@@ -115,11 +115,12 @@ def user_site() -> tuple[str, int] | None:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.startswith("brim.cli"):
+        if not name.startswith("brim"):
+            if name != "contextlib":  # decorators lie between
+                return frame.f_code.co_filename, frame.f_lineno
+        elif name.startswith("brim.cli"):
             return None  # started from the command line: there is no user's code
-        # Decorators lie between.
-        outside = not name.startswith(("brim.", "brim_")) and name not in ("brim", "contextlib")
-        if outside or name.startswith("brim.check.networks."):
+        elif not name.startswith(("brim.", "brim_")) and name != "brim" or name.startswith("brim.check.networks."):
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -239,9 +239,14 @@ def _like(param: Tensor) -> Tensor:
 
 def _count(value: Any) -> int | None:
     """0 for a number, the length of a sequence of numbers, None for anything else."""
+    kind = type(value)
+    if kind is float or kind is int:  # asked for every setting at every step: the usual ones first
+        return 0
+    if kind is bool or value is None:
+        return None
     if isinstance(value, list | tuple):
         return len(value) if value and all(_count(v) == 0 for v in value) else None
-    return 0 if isinstance(value, Real) and not isinstance(value, bool) else None
+    return 0 if isinstance(value, Real) else None
 
 
 def _flat(value: Any) -> Any:

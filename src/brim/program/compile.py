@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from operator import attrgetter, is_
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from brim.tensor import Tensor
 
 __all__ = ["CompiledStep", "compile", "plan", "spec"]
 
+_BLOCK, _GRADIENT = attrgetter("_block"), attrgetter("_grad")
 _KEPT_PROGRAMS = 16
 _KEPT_LINES = 100
 
@@ -112,6 +114,9 @@ class _Compiled:
     def __init__(self, traced: TracedStep, plan: Plan, runner: Runner, device: Device) -> None:
         self.traced, self.plan, self.runner, self.device = traced, plan, runner, device
         self.modes_seen = modes.changes
+        # What each replay compares, as lists.
+        self.states, self.blocks = [t for t, _ in traced.state_blocks], [block for _, block in traced.state_blocks]
+        self.guarded, self.entries = [t for t, _ in traced.grad_guards], [entry for _, entry in traced.grad_guards]
 
     def why_not(self) -> str:
         """Why this version does not describe the step any more, or an empty string."""
@@ -120,13 +125,13 @@ class _Compiled:
             if found := traced.change():
                 return found
             self.modes_seen = modes.changes
-        for tensor, block in traced.state_blocks:
-            if tensor._block is not block:
-                return f"a tensor of shape {tensor.shape} that the step uses was moved to other memory"
-        for tensor, entry in traced.grad_guards:
-            if tensor._grad is not entry:
-                had = "had no gradient" if entry is None else "had a gradient to add to"
-                return f"a parameter of shape {tensor.shape} {had} when the step was traced, and now it is different"
+        if not all(map(is_, map(_BLOCK, self.states), self.blocks)):
+            tensor = next(t for t, block in traced.state_blocks if t._block is not block)
+            return f"a tensor of shape {tensor.shape} that the step uses was moved to other memory"
+        if not all(map(is_, map(_GRADIENT, self.guarded), self.entries)):
+            tensor, entry = next((t, entry) for t, entry in traced.grad_guards if t._grad is not entry)
+            had = "had no gradient" if entry is None else "had a gradient to add to"
+            return f"a parameter of shape {tensor.shape} {had} when the step was traced, and now it is different"
         for read, value in traced.baked:
             if read() != value:
                 return f"a setting that the step depends on changed from {value!r} to {read()!r}"
@@ -183,7 +188,10 @@ class CompiledStep:
         """
         if context.interpreter is not None:
             return self.fn(*args, **kwargs)
-        leaves, structure = take_apart((args, kwargs), is_argument)
+        if not kwargs and all(map(is_argument, args)):
+            leaves, structure = args, len(args)
+        else:
+            leaves, structure = take_apart((args, kwargs), is_argument)
         key = (structure, *[(a.shape, a.dtype, getattr(a, "requires_grad", False)) for a in leaves])
         versions = self._versions.get(key)
         reason = ""

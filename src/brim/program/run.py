@@ -18,7 +18,7 @@ from brim.memory.pool import Block
 from brim.program.ir import STORE, HostScalar, Instruction, Ref, Value
 from brim.program.lower import COPY, Prepared
 from brim.spec import Spec
-from brim.tensor import Tensor
+from brim.tensor import Tensor, empty
 
 __all__ = ["Runner"]
 
@@ -49,7 +49,7 @@ class Runner:
         self._inputs: list[Any] = []
         self._results: list[Tensor] = []  # but for the receivers' numbers
         self._scalars: list[tuple[ScalarCell, Callable[..., Any], tuple[Any, ...]]] = []
-        self._copies: dict[Spec, BoundKernel] = {}  # by the spec of a tensor that is an argument
+        self._copies: dict[Spec, BoundKernel] = {}  # by the spec of what is copied
         self.runs = 0
 
     # ---------------------------------------------------------------- binding
@@ -133,10 +133,8 @@ class Runner:
                 if type(given) is Tensor or isinstance(given, Tensor):
                     if given.device is not self.device:
                         given = given.detach().numpy()
-                    elif backend.shares_host_memory:
-                        given = given.array
                     else:
-                        self._copy_in(target, given)
+                        self._copy(target, given)
                         continue
                 backend.upload(target, given)
             for cell, read, args in self._scalars:
@@ -146,10 +144,18 @@ class Runner:
                     call()
             self.runs += 1
             arena.lent = arena.lent or not copy
-            return [result.copy() if copy else result for result in self._results]
+            return [self._copied(result) for result in self._results] if copy else list(self._results)
 
-    def _copy_in(self, target: Any, given: Tensor) -> None:
-        """Copy a tensor of this device into an input."""
+    def _copied(self, result: Tensor) -> Tensor:
+        made = empty(result.shape, dtype=result.dtype, device=self.device, op="copy")
+        self._copy(made.array, result)
+        return made
+
+    def _copy(self, target: Any, given: Tensor) -> None:
+        """Copy a tensor of this device into an array of its shape, with nothing to be worked out a second time."""
+        if self.device.backend.shares_host_memory:
+            self.device.backend.upload(target, given.array)
+            return
         kernel = self._copies.get(given.spec)
         if kernel is None:
             kernel = self.device.backend.bind(COPY, [given.spec], [Spec(given.shape, given.dtype)], {})
