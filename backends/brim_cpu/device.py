@@ -9,7 +9,7 @@ import importlib
 import os
 import pkgutil
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -101,6 +101,10 @@ class CpuBackend:
         flags = record.contiguous
         contiguous = (flags,) * len(ins) if isinstance(flags, bool) else tuple(i in flags for i in range(len(ins)))
         return BoundKernel(record.run, scratch, library, contiguous, record.aliasing, record.prepare)
+
+    def chained(self, calls: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
+        """Calls of native kernels that follow each other, joined."""
+        return native.chained(calls)
 
     def native_status(self) -> str:
         """One line: which native library runs, or why none."""

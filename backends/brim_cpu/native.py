@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from brim.backend import ScalarCell
 from brim_cpu import native_build
 from brim_cpu.processors import checked_threads, default_threads
 
-__all__ = ["Function", "available", "get_threads", "pointer", "set_threads", "status"]
+__all__ = ["Call", "Function", "available", "chained", "get_threads", "pointer", "set_threads", "status"]
 
 _lock = threading.RLock()
 _threads: int | None = None  # what set_threads chose
@@ -57,7 +57,73 @@ def pointer(array: np.ndarray[Any, Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-_TYPES: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+class _Word(ctypes.Union):
+    """An argument as calls.cpp reads it; the field is the letter of its type."""
+
+    _fields_ = [("p", ctypes.c_void_p), ("i", ctypes.c_int64), ("f", ctypes.c_float), ("d", ctypes.c_double)]
+
+
+class _Bound(ctypes.Structure):
+    _fields_ = [("caller", ctypes.c_void_p), ("function", ctypes.c_void_p), ("words", ctypes.c_void_p)]
+
+
+class Call:
+    """A native function with its arguments; calling it converts nothing and holds no lock of Python's.
+
+    Attributes:
+        keeps: what the arguments point to.
+        renewals: functions without arguments, called before each run: they write numbers that change from run to run.
+    """
+
+    __slots__ = ("_address", "_run", "_words", "bound", "keeps", "renewals")
+
+    def __init__(self, run: Any, bound: _Bound, words: Any, keeps: tuple[Any, ...]) -> None:
+        self._run, self._words, self.bound, self.keeps = run, words, bound, keeps
+        self._address = ctypes.addressof(bound)
+        self.renewals: list[Callable[[], None]] = []
+
+    def __call__(self) -> None:
+        for renew in self.renewals:
+            renew()
+        self._run(self._address, 1)
+
+
+CHAINED = 32
+"""Calls that run without Python at most: Ctrl-C is noticed between chains."""
+
+
+def chained(calls: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
+    """The same calls, neighbours of the native library joined into one call each."""
+    found: list[Callable[[], None]] = []
+    native: list[Call] = []
+    for call in (*calls, None):
+        if isinstance(call, Call) and len(native) < CHAINED:
+            native.append(call)
+            continue
+        if len(native) == 1:
+            found += native
+        elif native:
+            found.append(_chain(native))
+        native = [call] if isinstance(call, Call) else []
+        if call is not None and not native:
+            found.append(call)
+    return found
+
+
+def _chain(calls: Sequence[Call]) -> Callable[[], None]:
+    table = (_Bound * len(calls))(*(call.bound for call in calls))
+    run = partial(calls[0]._run, ctypes.addressof(table), len(calls))
+    run.keeps = (table, *calls)  # type: ignore[attr-defined]
+    renewals = [renew for call in calls for renew in call.renewals]
+    if not renewals:
+        return run
+
+    def renew_and_run() -> None:
+        for renew in renewals:
+            renew()
+        run()
+
+    return renew_and_run
 
 
 class Function:
@@ -65,53 +131,51 @@ class Function:
 
     Arguments:
         name: the exported name.
-        signature: a letter for each argument: p pointer (a NumPy array, or None), i int64, f float, d double. All
-            return nothing.
+        signature: a letter for each argument: p pointer (a NumPy array, or None), i int64, f float, d double; it must
+            stand in the table of native/calls.cpp. All return nothing.
     """
 
     def __init__(self, name: str, signature: str) -> None:
         self.name, self.signature = name, signature
-        self._function: Any = None
+        self._found: tuple[Any, int, int] | None = None
 
-    def bind(self, *arguments: Any) -> Callable[[], None]:
-        """A call with these arguments, which are kept alive with it; a number may be a ``ScalarCell``, read each time.
-
-        The call takes no argument, converts nothing and runs without Python's interpreter lock.
-        """
+    def bind(self, *arguments: Any) -> Call:
+        """A call with these arguments, which it keeps alive; a number may be a ``ScalarCell``, read at each run."""
         if len(arguments) != len(self.signature):
             raise TypeError(f"{self.name} takes {len(self.signature)} arguments, got {len(arguments)}")
-        converted: list[Any] = []
-        cells: list[tuple[Any, ScalarCell]] = []
-        for letter, argument in zip(self.signature, arguments):
+        run, caller, function = self._found or self._find()
+        words = (_Word * len(arguments))()
+        renewals: list[Callable[[], None]] = []
+        for word, letter, argument in zip(words, self.signature, arguments):
             if letter == "p":
-                at = argument if argument is None or isinstance(argument, int) else pointer(argument)
-                converted.append(ctypes.c_void_p(at))
+                word.p = argument if argument is None or isinstance(argument, int) else pointer(argument)
             elif isinstance(argument, ScalarCell):
-                converted.append(_TYPES[letter](0))
-                cells.append((converted[-1], argument))
+                renewals.append(partial(_renew, word, letter, argument))
             else:
-                converted.append(_TYPES[letter](argument))
-        call = partial(self.address(), *converted)
-        call.keeps = arguments  # type: ignore[attr-defined]
-        if not cells:
-            return call
+                setattr(word, letter, argument)
+        call = Call(run, _Bound(caller, function, ctypes.addressof(words)), words, arguments)
+        call.renewals += renewals
+        return call
 
-        def read_and_call() -> None:
-            for place, cell in cells:
-                place.value = cell.value
-            call()
+    def _find(self) -> tuple[Any, int, int]:
+        """What runs calls, and addresses of the caller for this signature and of the function."""
+        library = _load()
+        if library is None:
+            raise RuntimeError(f"{self.name} is a native function, and there is no native library: {_status}")
+        function = ctypes.cast(getattr(library, self.name), ctypes.c_void_p).value
+        assert function is not None
+        library.brim_caller.restype = ctypes.c_void_p
+        caller = library.brim_caller(self.signature.encode())
+        if caller is None:
+            raise RuntimeError(f"{self.name}: the signature {self.signature!r} is not in native/calls.cpp")
+        run = library.brim_run
+        run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_int64), None
+        self._found = run, caller, function
+        return self._found
 
-        return read_and_call
 
-    def address(self) -> Any:
-        """The ctypes function."""
-        if self._function is None:
-            library = _load()
-            if library is None:
-                raise RuntimeError(f"{self.name} is a native function, and there is no native library: {_status}")
-            self._function = getattr(library, self.name)
-            self._function.restype = None
-        return self._function
+def _renew(word: _Word, letter: str, cell: ScalarCell) -> None:
+    setattr(word, letter, cell.value)
 
 
 def _load() -> ctypes.CDLL | None:

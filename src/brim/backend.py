@@ -124,8 +124,8 @@ class Backend(Protocol):
     or None where nobody tells; ``set_threads(n)`` and ``get_threads()``, where its kernels run on threads of this
     process; ``native_status()``, one line about the compiled kernels that it runs; and ``joins_side_by_side``, how many
     bytes may be kept alive longer for the sake of fewer launches, where independent small elementwise groups of one
-    formula are to run as one ``fused_many``; and ``knows_fast_convolutions``, True where its convolutions take the
-    param ``fast``.
+    formula are to run as one ``fused_many``; ``knows_fast_convolutions``, True where its convolutions take the param
+    ``fast``; and ``chained(calls)``, which joins a program's prepared calls where that saves time.
     """
 
     kind: str

@@ -67,16 +67,15 @@ class Interpreter:
         operands = [*arrays, *outs]
         bases = np.array([native.pointer(array) for array in operands], np.int64)
         call = _RUN.bind(plan.header, plan.arrays, plan.registers, constants, plan.lines, bases)
-        call.keeps += (operands,)  # type: ignore[attr-defined]
-        if not cells:
-            return call
+        call.keeps += (operands,)
+        if cells:
 
-        def read_and_call() -> None:
-            for place, dtype, cell in cells:
-                place[0] = _as(dtype, cell.value)
-            call()
+            def renew() -> None:
+                for place, dtype, cell in cells:
+                    place[0] = _as(dtype, cell.value)
 
-        return read_and_call
+            call.renewals.append(renew)
+        return call
 
     def _layout(self, outs: Sequence[Array], arrays: Sequence[Array]) -> tuple[Lines, Layout] | None:
         key: Any = tuple((array.shape, array.strides, native.pointer(array)) for array in (*arrays, *outs))

@@ -120,7 +120,7 @@ def user_site() -> tuple[str, int] | None:
                 return frame.f_code.co_filename, frame.f_lineno
         elif name.startswith("brim.cli"):
             return None  # started from the command line: there is no user's code
-        elif not name.startswith(("brim.", "brim_")) and name != "brim" or name.startswith("brim.check.networks."):
+        elif (not name.startswith(("brim.", "brim_")) and name != "brim") or name.startswith("brim.check.networks."):
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -189,7 +189,7 @@ class CompiledStep:
         if context.interpreter is not None:
             return self.fn(*args, **kwargs)
         if not kwargs and all(map(is_argument, args)):
-            leaves, structure = args, len(args)
+            leaves, structure = list(args), len(args)
         else:
             leaves, structure = take_apart((args, kwargs), is_argument)
         key = (structure, *[(a.shape, a.dtype, getattr(a, "requires_grad", False)) for a in leaves])

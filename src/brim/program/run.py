@@ -106,7 +106,9 @@ class Runner:
                 ins = [operand(i) for i in instruction.ins]
             calls += _calls(kernel, instruction, outs, ins, scratch)
             calls += due.pop(number, ())
-        self._calls = calls + [call for late in due.values() for call in late]
+        calls += [call for late in due.values() for call in late]
+        chained = getattr(self.device.backend, "chained", None)
+        self._calls = calls if chained is None else chained(calls)
         self._inputs = [array(Ref.of(value)) for value in program.inputs]
         self._generation = self.device.memory.arena.generation
         self.device.memory.arena.tenants.add(self)

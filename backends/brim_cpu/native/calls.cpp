@@ -1,0 +1,96 @@
+// Calls that were bound once and are made many times: a planned step's calls run one after another without Python.
+// Each is a function, its arguments as words, and a caller that knows the function's signature.
+#include <cstring>
+#include <utility>
+
+#include "common.hpp"
+
+namespace brim {
+namespace {
+
+union Word {
+    void* p;
+    i64 i;
+    float f;
+    double d;
+};
+
+template <class T>
+T read(const Word& word);
+template <>
+void* read(const Word& word) { return word.p; }
+template <>
+i64 read(const Word& word) { return word.i; }
+template <>
+float read(const Word& word) { return word.f; }
+template <>
+double read(const Word& word) { return word.d; }
+
+using Caller = void (*)(void* function, const Word* words);
+
+template <class... A, std::size_t... n>
+void call(void* function, const Word* words, std::index_sequence<n...>) {
+    reinterpret_cast<void (*)(A...)>(function)(read<A>(words[n])...);
+}
+
+template <class... A>
+void caller(void* function, const Word* words) {
+    call<A...>(function, words, std::index_sequence_for<A...>{});
+}
+
+using p = void*;
+using i = i64;
+using f = float;
+using d = double;
+
+struct Signature {
+    const char* letters;  // as in native.py: p pointer, i 64-bit integer, f float, d double
+    Caller caller;
+};
+
+const Signature signatures[] = {
+    {"pi", caller<p, i>},
+    {"pp", caller<p, p>},
+    {"pii", caller<p, i, i>},
+    {"ppi", caller<p, p, i>},
+    {"piii", caller<p, i, i, i>},
+    {"ppii", caller<p, p, i, i>},
+    {"pppp", caller<p, p, p, p>},
+    {"piiii", caller<p, i, i, i, i>},
+    {"ppiii", caller<p, p, i, i, i>},
+    {"pppii", caller<p, p, p, i, i>},
+    {"ppppp", caller<p, p, p, p, p>},
+    {"ppiiid", caller<p, p, i, i, i, d>},
+    {"ppiiif", caller<p, p, i, i, i, f>},
+    {"pppiii", caller<p, p, p, i, i, i>},
+    {"ppppii", caller<p, p, p, p, i, i>},
+    {"pppppp", caller<p, p, p, p, p, p>},
+    {"pppiiif", caller<p, p, p, i, i, i, f>},
+    {"pppiiii", caller<p, p, p, i, i, i, i>},
+    {"ppppppiiiif", caller<p, p, p, p, p, p, i, i, i, i, f>},
+    {"ppppppdpdiid", caller<p, p, p, p, p, p, d, p, d, i, i, d>},
+    {"ppppppiiiifi", caller<p, p, p, p, p, p, i, i, i, i, f, i>},
+    {"ppppppdpdiiid", caller<p, p, p, p, p, p, d, p, d, i, i, i, d>},
+    {"pppppppdppiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, d>},
+    {"pppppppdppiiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, i, d>},
+};
+
+struct Bound {
+    Caller caller;
+    void* function;
+    const Word* words;
+};
+
+}  // namespace
+}  // namespace brim
+
+// The caller of functions of a signature; null where the table above lacks it.
+BRIM_EXPORT void* brim_caller(const char* letters) {
+    for (const brim::Signature& one : brim::signatures)
+        if (std::strcmp(one.letters, letters) == 0) return reinterpret_cast<void*>(one.caller);
+    return nullptr;
+}
+
+BRIM_EXPORT void brim_run(const brim::Bound* calls, brim::i64 count) {
+    for (brim::i64 n = 0; n < count; n++) calls[n].caller(calls[n].function, calls[n].words);
+}
