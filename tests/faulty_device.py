@@ -61,6 +61,19 @@ class FaultyLoader(EmulationLoader):
             raise LowLevelError(f"CUDA_ERROR_{self.lost} (while {doing})", self.lost)
 
 
+class _FaultyGraph:
+    """A graph whose replays fail as launches do."""
+
+    def __init__(self, graph: Any, loader: FaultyLoader) -> None:
+        self._graph, self._loader, self.renew = graph, loader, graph.renew
+
+    def replay(self) -> None:
+        if self._loader.left is not None:  # somewhere in the graph
+            self._loader.lost = self._loader.code
+        self._loader.check("launching a graph")
+        self._graph.replay()
+
+
 class FaultyMachine(EmulatedMachine):
     """The emulated card; copies and waiting fail once it is lost, as those of ``brim_cuda.machine`` do."""
 
@@ -83,6 +96,10 @@ class FaultyMachine(EmulatedMachine):
     def download(self, array: Any) -> np.ndarray[Any, Any]:
         self._check("a copy from")
         return super().download(array)
+
+    def capture(self, calls: Sequence[Callable[[], None]]) -> Any:
+        """Raises CaptureRefused."""
+        return _FaultyGraph(super().capture(calls), self.loader)
 
     def synchronize(self, index: int) -> None:
         self._check("work on")

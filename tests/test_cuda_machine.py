@@ -15,7 +15,9 @@ from brim.spec import DTYPES, Spec
 from brim_cuda import backend
 from brim_cuda.device import CudaBackend
 from brim_cuda.emulation import find_compiler
+from brim_cuda.graph_driver import Driver
 from brim_cuda.machine import GpuMachine
+from fake_cuda_driver import FakeDriverLibrary
 
 pytest.importorskip("cupy", reason="needs CuPy, for its arrays (no GPU)")
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs g++, which was not found")
@@ -30,7 +32,9 @@ devices = sys.modules["brim.device"]
 def cupy() -> Iterator[StandIn]:
     """A machine with one card, registered as a device of its own for one test."""
     made = StandIn()
-    devices._backends[NAME] = CudaBackend(GpuMachine(made, lambda: FACTS, Loader(made)), NAME)
+    loader = Loader(made)
+    driver = Driver(FakeDriverLibrary(loader))
+    devices._backends[NAME] = CudaBackend(GpuMachine(made, lambda: FACTS, loader, lambda: driver), NAME)
     yield made
     del devices._backends[NAME]
     devices._devices.pop((NAME, 0), None)
@@ -104,6 +108,18 @@ def test_a_planned_step_gives_the_numbers_of_the_cpu(cupy: StandIn) -> None:
             assert again.item() < losses[NAME][-1]
     np.testing.assert_allclose(losses[NAME], losses["cpu"], rtol=1e-5)
     assert losses[NAME][-1] < losses[NAME][0]
+    assert "replayed as one graph" in run.explain()
+
+
+def test_a_machine_whose_driver_cannot_be_loaded_launches_one_by_one(cupy: StandIn) -> None:
+    def missing() -> Driver:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    machine()._driver = missing
+    run = brim.compile(lambda x: ((x * 2.0).sum() + x.mean()).sqrt(), device=NAME)
+    for n in range(1, 6):
+        assert run(np.full(4, n, np.float32)).item() == pytest.approx((9 * n) ** 0.5)
+    assert "one by one: libcuda.so.1: cannot open" in run.explain()
 
 
 def test_a_full_card_is_refused_and_memory_goes_back(cupy: StandIn) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,12 +73,14 @@ class HostCublasLt:
         workspace_used_bytes: what its algorithms say they need, at most what is offered.
         calls: number of products computed.
         live: number of descriptors and handles not yet freed.
+        recording: None, or the list to which products are added instead of being computed.
     """
 
     def __init__(self) -> None:
         self.memory: list[tuple[int, int]] | None = None
         self.workspace_used_bytes = 0
         self.calls = 0
+        self.recording: list[Callable[[], None]] | None = None
         self._objects: dict[int, tuple[str, Attributes]] = {}
         self._next = 1
 
@@ -154,9 +157,19 @@ class HostCublasLt:
                 _refuse(f"{operand} at {address} is not aligned to {alignment} bytes, as was promised")
         if used > workspace_bytes or (used and not workspace):
             _refuse(f"the algorithm needs {used} bytes of workspace, got {workspace_bytes} at {workspace}")
+        run = partial(self._compute, problem, (a, b, c, d), _number(alpha), _number(beta), workspace, used)
+        if self.recording is None:
+            run()
+        else:
+            self.recording.append(run)
+
+    def _compute(
+        self, problem: _Problem, at: tuple[int, int, int, int], alpha: complex, beta: complex, workspace: int, used: int
+    ) -> None:
         if used:
             self._bytes(workspace, used).fill(0xCD)  # nobody may rely on what is there
-        problem.run(self._bytes, a, b, c, d, _number(alpha), _number(beta))
+        a, b, c, d = at
+        problem.run(self._bytes, a, b, c, d, alpha, beta)
         self.calls += 1
 
     def _problem(self, matmul: int, layouts: Sequence[int]) -> _Problem:

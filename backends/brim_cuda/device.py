@@ -6,7 +6,7 @@ There are two machines: ``brim_cuda.machine.GpuMachine``, the NVIDIA GPUs of thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ from brim.op import Op
 from brim.spec import Scalar, Spec
 from brim_cuda import registry, steps
 from brim_cuda.gemm_epilogue import joins_epilogue
+from brim_cuda.gemm_run import Multiply, Zero
+from brim_cuda.graphs import Graph, graphed, wanted
 from brim_cuda.launch import Loader
 
 __all__ = ["CudaBackend", "Machine"]
@@ -65,6 +67,9 @@ class Machine(Protocol):
     def process_bytes(self, index: int) -> int | None:
         """What this process holds on the device by the driver's count; None where nobody tells."""
 
+    def capture(self, calls: Sequence[Callable[[], None]]) -> Graph:
+        """A graph of launches on the current device and stream. Raises CaptureRefused."""
+
 
 class CudaBackend:
     """Implements ``brim.backend.Backend``.
@@ -104,6 +109,10 @@ class CudaBackend:
         """Compile these kernels together, before they are prepared."""
         steps.load(kernels)
 
+    def chained(self, calls: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
+        """A step's launches as graphs, which are launched as one."""
+        return graphed(calls, _is_launch, self.machine.capture) if wanted() else list(calls)
+
     def joins_epilogue(
         self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
     ) -> bool:
@@ -113,3 +122,7 @@ class CudaBackend:
     def adopt(self, host: np.ndarray[Any, Any]) -> Any:
         """None: host memory is not the device's."""
         return None
+
+
+def _is_launch(call: Any) -> bool:
+    return isinstance(call, steps.Launch | Multiply | Zero)

@@ -28,7 +28,7 @@ from brim_cuda.cublaslt import (
 )
 from brim_cuda.gemm import AUX, GemmPlan, Matrix, Offsets
 
-__all__ = ["Addresses", "GemmRunner", "alignment_of"]
+__all__ = ["Addresses", "GemmRunner", "Multiply", "Zero", "alignment_of"]
 
 _ALIGNMENT_MAX_BYTES = 256
 _KEPT = 1024
@@ -156,7 +156,7 @@ class GemmRunner:
 
     def _launches(self, plan: GemmPlan, at: Addresses, stream: int, build: Callable[[], Any]) -> Any:
         for offset, nbytes in plan.fills:
-            yield partial(self.zero, at.out + offset, nbytes, stream)
+            yield Zero(self.zero, at.out + offset, nbytes, stream)
         for call in plan.calls:
             yield self._launch(plan, build(), call, at, stream)
 
@@ -174,8 +174,8 @@ class GemmRunner:
             algorithm = self._algorithm(plan, built, at, tuple(alignment_of(*place) for place in places))
         except CublasLtError as error:
             raise error.about(plan.title) from error
-        return partial(
-            _matmul, plan.title, built, self.library.matmul, self._handle, built.matmul, built.alpha,
+        return Multiply(
+            plan.title, built, self.library.matmul, self._handle, built.matmul, built.alpha,
             first, built.first, second, built.second, built.beta, added, built.added, out, built.out,
             algorithm.data, at.workspace, plan.workspace_bytes, stream,
         )  # fmt: skip
@@ -205,8 +205,28 @@ class GemmRunner:
         return options[0]
 
 
-def _matmul(title: str, _alive: _Built, matmul: Callable[..., None], *args: Any) -> None:
-    try:
-        matmul(*args)
-    except CublasLtError as error:
-        raise error.about(title) from error
+class Multiply:
+    """A product on fixed operands; it is launched each time that this is called."""
+
+    __slots__ = ("_alive", "_arguments", "_matmul", "_title")
+
+    def __init__(self, title: str, alive: _Built, matmul: Callable[..., None], *arguments: Any) -> None:
+        self._title, self._alive, self._matmul, self._arguments = title, alive, matmul, arguments
+
+    def __call__(self) -> None:
+        try:
+            self._matmul(*self._arguments)
+        except CublasLtError as error:
+            raise error.about(self._title) from error
+
+
+class Zero:
+    """Memory that is set to zero each time that this is called."""
+
+    __slots__ = ("_arguments", "_zero")
+
+    def __init__(self, zero: Callable[[int, int, int], None], *arguments: int) -> None:
+        self._zero, self._arguments = zero, arguments
+
+    def __call__(self) -> None:
+        self._zero(*self._arguments)

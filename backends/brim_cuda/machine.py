@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
@@ -24,6 +24,8 @@ from brim.spec import Spec
 from brim.units import format_bytes
 from brim_cuda.cupy_runtime import read_system
 from brim_cuda.gpu import CupyLoader
+from brim_cuda.graph_driver import Driver, DriverGraph, capture, load_driver
+from brim_cuda.graphs import CaptureRefused
 from brim_cuda.launch import Loader
 from brim_cuda.lowlevel import OUT_OF_MEMORY, LowLevelError
 from brim_cuda.nvrtc import nvrtc_version
@@ -185,15 +187,23 @@ class GpuMachine:
         cupy: the module; imported when it is needed by default.
         look: gives the facts of this machine, or raises DeviceError.
         loader: compiles and launches.
+        driver: gives the driver's functions for graphs.
     """
 
-    def __init__(self, cupy: Any = None, look: Callable[[], Facts] = require, loader: Loader | None = None) -> None:
+    def __init__(
+        self,
+        cupy: Any = None,
+        look: Callable[[], Facts] = require,
+        loader: Loader | None = None,
+        driver: Callable[[], Driver] = load_driver,
+    ) -> None:
         self._cupy, self._look = cupy, look
         self._facts: Facts | None = None
         self._gpus: dict[int, _Gpu] = {}
         self._services: dict[int, HostServices] = {}
         self._lock = threading.RLock()
         self.loader: Loader = CupyLoader(cupy) if loader is None else loader
+        self._driver = driver
 
     def _ready(self) -> Any:
         """CuPy, after a look that everything is there. Raises DeviceError with what is missing."""
@@ -312,6 +322,15 @@ class GpuMachine:
             headroom_bytes=headroom,
             unified=gpu.provider.shares_host_memory,
         )
+
+    def capture(self, calls: Sequence[Callable[[], None]]) -> DriverGraph:
+        """A graph on the current device's stream. Raises CaptureRefused."""
+        gpu = self._gpus[self.loader.device()]
+        try:
+            driver = self._driver()
+        except OSError as error:
+            raise CaptureRefused(str(error)) from error
+        return capture(driver, int(gpu.stream.ptr), calls, keeps=gpu.stream)
 
     def process_bytes(self, index: int) -> int | None:
         """What NVML counts for this process."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from brim_cuda.launch import Call, In, Kernel, Loader, Out, Param, Place, Produc
 from brim_cuda.lowlevel import OUT_OF_MEMORY, LowLevelError
 from brim_cuda.nvrtc import NvrtcError
 
-__all__ = ["Steps", "bound", "load"]
+__all__ = ["Launch", "Steps", "bound", "load"]
 
 
 _Renewed = tuple[Any, Any, Param, ScalarCell]
@@ -163,26 +162,47 @@ class Steps:
                 if function is None:
                     calls += self.loader.gemm().prepare(step.plan, operands.addresses(step), self.loader.stream())
                 elif operands.wanted(step):
-                    calls.append(partial(_launch, self.title, device, step, function, *operands.packed(step)))
+                    calls.append(Launch(self.title, device, step, function, *operands.packed(step)))
         except (LowLevelError, NvrtcError) as error:
             raise failure(self.title, error, device) from error
         return calls
 
 
-def _launch(
-    title: str,
-    device: int,
-    call: Call,
-    function: Callable[..., None],
-    values: list[Any],
-    cells: list[_Renewed],
-) -> None:
-    for into, at, param, cell in cells:
-        into[at] = pack(param, scalar_of(cell, param))
-    try:
-        function(call.blocks, call.threads, call.shared_bytes, values)
-    except LowLevelError as error:
-        raise failure(title, error, device) from error
+class Launch:
+    """A kernel on fixed operands; it is launched each time that this is called.
+
+    Attributes:
+        device: number of the device that it runs on.
+        values: its arguments, packed.
+        cells: which of them are numbers that may differ from run to run.
+    """
+
+    __slots__ = ("_call", "_function", "_title", "cells", "device", "values")
+
+    def __init__(
+        self,
+        title: str,
+        device: int,
+        call: Call,
+        function: Callable[..., None],
+        values: list[Any],
+        cells: list[_Renewed],
+    ) -> None:
+        self._title, self.device, self._call, self._function = title, device, call, function
+        self.values, self.cells = values, cells
+
+    def renew(self) -> None:
+        """Write the numbers of this run into the arguments."""
+        for into, at, param, cell in self.cells:
+            into[at] = pack(param, scalar_of(cell, param))
+
+    def __call__(self) -> None:
+        self.renew()
+        call = self._call
+        try:
+            self._function(call.blocks, call.threads, call.shared_bytes, self.values)
+        except LowLevelError as error:
+            raise failure(self._title, error, self.device) from error
 
 
 def failure(title: str, error: Exception, device: int | None = None) -> DeviceError:

@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from brim_cuda.gemm_run import GemmRunner
 from brim_cuda.launch import Kernel
 from brim_cuda.source import translation_unit
 
-__all__ = ["EmulationError", "EmulationLoader", "find_compiler"]
+__all__ = ["EmulationError", "EmulationLoader", "Recorded", "find_compiler"]
 
 HEADER = Path(__file__).parent / "cuda_emulation.h"
 KERNELS_A_LIBRARY = 48
@@ -76,8 +77,18 @@ def _compiled(kernels: Sequence[Kernel]) -> Path:
     return target
 
 
-def _zero(address: int, nbytes: int, stream: int) -> None:
-    ctypes.memset(address, 0, nbytes)
+class Recorded:
+    """A launch that was captured: it runs with the arguments of then, unless others are given to it."""
+
+    def __init__(self, run: Callable[[list[Any]], None], values: Sequence[Any]) -> None:
+        self._run = run
+        self.write(values)
+
+    def write(self, values: Sequence[Any]) -> None:
+        self.values = [np.array(value) for value in values]
+
+    def __call__(self) -> None:
+        self._run(self.values)
 
 
 class EmulationLoader:
@@ -88,6 +99,7 @@ class EmulationLoader:
             another number a shuffle.
         launches: how many kernels ran.
         library: what computes matrix products.
+        recording: the list to which launches are added instead of running, inside ``record``.
     """
 
     def __init__(self, order: int = 0) -> None:
@@ -98,6 +110,7 @@ class EmulationLoader:
         self._lock = threading.Lock()
         self.library = HostCublasLt()
         self._gemm: GemmRunner | None = None
+        self.recording: list[Callable[[], Any]] | None = None
 
     def functions(self, kernels: Sequence[Kernel]) -> list[Callable[..., None]]:
         """Launchers of these kernels; those that are new are compiled together. Raises EmulationError."""
@@ -129,14 +142,47 @@ class EmulationLoader:
     def gemm(self) -> GemmRunner:
         """Products by the library's twin in NumPy."""
         if self._gemm is None:
-            self._gemm = GemmRunner(self.library, _zero)
+            self._gemm = GemmRunner(self.library, self._zero)
         return self._gemm
+
+    def _zero(self, address: int, nbytes: int, stream: int) -> None:
+        run = partial(ctypes.memset, address, 0, nbytes)
+        if self.recording is None:
+            run()
+        else:
+            self.recording.append(run)
+
+    @contextmanager
+    def record(self) -> Iterator[list[Callable[[], Any]]]:
+        """Nothing runs inside: what would have run is added to the list, as when a stream is captured."""
+        entries: list[Callable[[], Any]] = []
+        self.recording = self.library.recording = entries
+        try:
+            yield entries
+        finally:
+            self.recording = self.library.recording = None
 
     def stream(self) -> int:
         """There is none: everything has happened when a call returns."""
         return 0
 
     def _launch(
+        self,
+        kernel: Kernel,
+        function: Any,
+        library: Any,
+        blocks: tuple[int, ...],
+        threads: int,
+        shared_bytes: int,
+        packed: Sequence[Any],
+    ) -> None:
+        run = partial(self._execute, kernel, function, library, blocks, threads, shared_bytes)
+        if self.recording is None:
+            run(packed)
+        else:
+            self.recording.append(Recorded(run, packed))
+
+    def _execute(
         self,
         kernel: Kernel,
         function: Any,

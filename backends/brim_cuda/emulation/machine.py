@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,37 @@ from brim.backend import HostServices, MemoryInfo
 from brim.errors import BudgetExceeded, DeviceError
 from brim.spec import Spec
 from brim.units import format_bytes
-from brim_cuda.emulation.loader import EmulationLoader, find_compiler
+from brim_cuda.emulation.loader import EmulationLoader, Recorded, find_compiler
+from brim_cuda.graphs import CaptureRefused
 
 __all__ = ["EmulatedMachine"]
 
 Array = np.ndarray[Any, Any]
 _ALIGNMENT_BYTES = 512
 _FRESH = 0xC7  # what new memory holds: floats of -1e5 or NaN-like patterns, never the zeros of a fresh page
+
+
+class _RecordedGraph:
+    """Launches that were captured. Implements ``brim_cuda.graphs.Graph``.
+
+    Arguments:
+        entries: what runs, in order.
+        places: for each call that was captured, its last entry.
+    """
+
+    def __init__(self, entries: Sequence[Callable[[], Any]], places: Sequence[int]) -> None:
+        self._entries, self._places = list(entries), list(places)
+
+    def renew(self, number: int, values: Sequence[Any]) -> None:
+        """Other arguments for one launch."""
+        entry = self._entries[self._places[number]]
+        assert isinstance(entry, Recorded)
+        entry.write(values)
+
+    def replay(self) -> None:
+        """Everything, in order."""
+        for entry in self._entries:
+            entry()
 
 
 class EmulatedMachine:
@@ -62,6 +86,7 @@ class EmulatedMachine:
 
     def allocate(self, index: int, nbytes: int) -> Array:
         """Host memory filled with a pattern. Raises BudgetExceeded where a card of this size would be full."""
+        self._allowed("an allocation")
         with self._lock:
             if nbytes > self._free_bytes() and self._services is not None:
                 self._services.trim()
@@ -94,12 +119,14 @@ class EmulatedMachine:
 
     def upload(self, array: Array, host: Array) -> None:
         """Copy in. Raises ValueError for an array with gaps, which a GPU's copy engine would not fill."""
+        self._allowed("a copy to the device")
         if not array.flags.c_contiguous:
             raise ValueError("only row-major arrays are copied to a device")
         np.copyto(array, host)
 
     def download(self, array: Array) -> Array:
         """A copy. Raises ValueError for an array with gaps."""
+        self._allowed("a copy from the device")
         if not array.flags.c_contiguous:
             raise ValueError("only row-major arrays are copied from a device")
         return array.copy()
@@ -112,6 +139,7 @@ class EmulatedMachine:
 
     def synchronize(self, index: int) -> None:
         """Everything has happened when a call returns."""
+        self._allowed("a wait for the device")
 
     def memory(self, index: int) -> MemoryInfo:
         """As a card of its own."""
@@ -122,6 +150,23 @@ class EmulatedMachine:
             overhead_bytes=self.overhead_bytes,
             overhead_exactness="exact",
         )
+
+    def capture(self, calls: Sequence[Callable[[], None]]) -> _RecordedGraph:
+        """The launches as they would be captured: run again with the arguments of now. Raises CaptureRefused."""
+        try:
+            with self.loader.record() as entries:
+                places = []
+                for call in calls:
+                    call()
+                    places.append(len(entries) - 1)
+        except Exception as error:
+            raise CaptureRefused(f"{type(error).__name__}: {error}") from error
+        return _RecordedGraph(entries, places)
+
+    def _allowed(self, what: str) -> None:
+        """What waits for a device, or allocates, spoils a capture."""
+        if self.loader.recording is not None:
+            raise RuntimeError(f"{what} while a stream is captured")
 
     def process_bytes(self, index: int) -> int:
         """Overhead and all buffers."""

@@ -341,8 +341,9 @@ class CompiledStep:
         return next(reversed(self._versions.values()))[0]
 
     def explain(self) -> str:
-        """Why there are the programs that there are: one line for each trace."""
-        return "\n".join(self._history) or "not called yet"
+        """Why there are the programs that there are: one line for each trace; and how the latest one is launched."""
+        launched = self._latest().runner.launched() if self._versions else []
+        return "\n".join([*self._history, *launched]) or "not called yet"
 
 
 def _commit(traced: TracedStep, device: Device) -> dict[Value, Block]:

@@ -165,6 +165,10 @@ class Runner:
         with self.device.backend.running(self.device.index):
             kernel.run(target, given.array)
 
+    def launched(self) -> list[str]:
+        """A line for each group of calls that the backend joined and has something to say about."""
+        return [call.describe() for call in self._calls if hasattr(call, "describe")]
+
     def release(self) -> None:
         """Drop every array over the arena and the states."""
         self._calls, self._inputs, self._results, self._scalars = [], [], [], []
