@@ -4,25 +4,35 @@
 
 #include "philox.hpp"
 #include "team.hpp"
+#include "vm_chain.hpp"
 
 namespace brim {
 namespace {
 
-constexpr int kMaxDims = 8, kMaxSlots = 96;
+constexpr int kMaxDims = 8, kMaxSlots = 96, kMaxLinks = 512;
 constexpr i64 kRegisterBytes = 64 * 1024;  // of each thread's stack
-constexpr i64 kPieceElements = 16 * 1024;
 
-// overlay/program.py writes these as arrays of int64.
+enum class Mode : i64 { dense, along_row, once, gathered };
+
+// overlay/program.py writes these as arrays of int64; brim_vm_prepare completes them.
 struct Header {
-    i64 dims, arrays, registers, constants, instructions, block;
+    i64 dims, arrays, registers, constants, instructions, links, block;
     i64 shape[kMaxDims];  // the arrays' common shape; axes that all of them allow are merged
+    // completed:
+    i64 inner, rows, per_chunk, chunks;
+    i64 whole_rows;  // a chunk is so many whole rows; else a part of one row
+    i64 tails;       // a chunk may have elements that make no whole tile
 };
 
 struct Array {
     i64 itemsize, is_output;
-    i64 stand_in;            // slot of the register that stands in where a block is not contiguous in memory, or -1
-    i64 late;                // an output that is written when the block is done, because it may lie where an input lies
-    i64 strides[kMaxDims];   // in bytes; 0 along axes that the array lacks
+    i64 stand_in;           // slot of the register that stands in where a block is not contiguous in memory, or -1
+    i64 late;               // an output that is written when the block is done, because it may lie where an input lies
+    i64 streamed;           // an output that is written past the caches
+    i64 strides[kMaxDims];  // in bytes; 0 along axes that the array lacks
+    // completed:
+    Mode mode;
+    i64 buffered;  // an output that is dense, but collected in a register first
 };
 
 struct Register {
@@ -30,34 +40,41 @@ struct Register {
 };
 
 struct Constant {
-    i64 slot;
-    u64 bits;  // the value, in its first bytes
+    i64 slot;         // of the register that is filled with it; -1: a seed or counter
+    i64 chained;      // only chains read it
+    const u64* value;  // in its first bytes
 };
 
 struct Line {
     i64 code, d, a, b, c;  // slots: arrays first, then registers
+    i64 chain, link;       // so many lines from here on are a chain, whose first link this is; 0: a line by itself
+    BlockFn run;           // completed
+};
+
+struct ChainLink {
+    i64 code, x, y;  // slots; a constant's number as -1 - number; y of a prefetch: bytes ahead
+    LinkFn run;      // completed
 };
 
 enum { kUniform = -1 };  // d = numbers drawn for (a, b), which are constants' numbers
+enum { kEnd = 0, kPrefetch = 2 };  // codes of links
 
 const Instruction* const kTables[] = {kFloatInstructions, kWholeInstructions, kCastInstructions, kMathInstructions};
 
-BlockFn function_of(i64 code) { return kTables[code >> 16][code & 0xffff].run; }
-
-enum class Mode { dense, along_row, once, gathered };
-
-struct Run {
+// A program and the arrays that it runs on.
+struct Task {
     const Header* header;
     const Array* arrays;
     const Register* registers;
     const Constant* constants;
     const Line* lines;
-    void* const* bases;
-    BlockFn functions[512];
-    Mode modes[kMaxSlots];
-    bool buffered[kMaxSlots], streamed[kMaxSlots];  // outputs that are dense, but collected in a register first
-    i64 size, inner, rows, per_chunk, chunks, chunks_per_piece;
-    bool whole_rows;  // a chunk is so many whole rows; else a part of one row
+    const ChainLink* links;
+    char* const* bases;
+};
+
+// Chunks of a task.
+struct Span {
+    i64 task, begin, end;
 };
 
 template <class T>
@@ -86,10 +103,10 @@ void copy_line(i64 itemsize, char* to, i64 to_step, const char* from, i64 from_s
 }
 
 // Byte offset of a row's first element.
-i64 row_offset(const Run& run, const Array& array, i64 row) {
+i64 row_offset(const Header& header, const Array& array, i64 row) {
     i64 offset = 0;
-    for (i64 axis = run.header->dims - 2; axis >= 0; axis--) {
-        const i64 dim = run.header->shape[axis];
+    for (i64 axis = header.dims - 2; axis >= 0; axis--) {
+        const i64 dim = header.shape[axis];
         offset += row % dim * array.strides[axis];
         row /= dim;
     }
@@ -100,23 +117,23 @@ struct Chunk {
     i64 row, column, rows, columns, first, n;  // `first`: number of its first element in row-major order
 };
 
-Chunk chunk_of(const Run& run, i64 which) {
-    if (run.whole_rows) {
-        const i64 row = which * run.per_chunk, left = run.rows - row;
-        const i64 rows = left < run.per_chunk ? left : run.per_chunk;
-        return {row, 0, rows, run.inner, row * run.inner, rows * run.inner};
+Chunk chunk_of(const Header& header, i64 which) {
+    if (header.whole_rows) {
+        const i64 row = which * header.per_chunk, left = header.rows - row;
+        const i64 rows = left < header.per_chunk ? left : header.per_chunk;
+        return {row, 0, rows, header.inner, row * header.inner, rows * header.inner};
     }
-    const i64 across = ceil_div(run.inner, run.per_chunk);
-    const i64 row = which / across, column = which % across * run.per_chunk, left = run.inner - column;
-    const i64 columns = left < run.per_chunk ? left : run.per_chunk;
-    return {row, column, 1, columns, row * run.inner + column, columns};
+    const i64 across = ceil_div(header.inner, header.per_chunk);
+    const i64 row = which / across, column = which % across * header.per_chunk, left = header.inner - column;
+    const i64 columns = left < header.per_chunk ? left : header.per_chunk;
+    return {row, column, 1, columns, row * header.inner + column, columns};
 }
 
 // Copies between a chunk of an array and a register.
-void transfer(const Run& run, const Array& array, char* base, char* block, const Chunk& chunk, bool out) {
-    const i64 step = array.strides[run.header->dims - 1], itemsize = array.itemsize;
+void transfer(const Header& header, const Array& array, char* base, char* block, const Chunk& chunk, bool out) {
+    const i64 step = array.strides[header.dims - 1], itemsize = array.itemsize;
     for (i64 r = 0; r < chunk.rows; r++) {
-        char* at = base + row_offset(run, array, chunk.row + r) + chunk.column * step;
+        char* at = base + row_offset(header, array, chunk.row + r) + chunk.column * step;
         char* here = block + r * chunk.columns * itemsize;
         if (out)
             copy_line(itemsize, at, step, here, itemsize, chunk.columns);
@@ -125,66 +142,100 @@ void transfer(const Run& run, const Array& array, char* base, char* block, const
     }
 }
 
-void run_piece(const Run& run, i64 piece) {
-    alignas(64) char memory[kRegisterBytes];
-    const Header& header = *run.header;
-    char* slots[kMaxSlots];
-    for (i64 r = 0; r < header.registers; r++) slots[header.arrays + r] = memory + run.registers[r].offset;
-    for (i64 c = 0; c < header.constants; c++) {
-        const Constant& constant = run.constants[c];
-        if (constant.slot < 0) continue;  // a seed or counter
-        const i64 itemsize = run.registers[constant.slot - header.arrays].itemsize;
-        copy_line(itemsize, slots[constant.slot], itemsize, reinterpret_cast<const char*>(&constant.bits), 0, header.block);
+// Puts an array's block, or the register that stands in for it, into its slot.
+char* reach(const Header& header, const Array& array, char* base, char* own, const Chunk& chunk, bool first) {
+    const i64 step = array.strides[header.dims - 1];
+    if (array.buffered) return own;
+    switch (array.mode) {
+        case Mode::dense: return base + chunk.first * array.itemsize;
+        case Mode::along_row: return base + row_offset(header, array, chunk.row) + chunk.column * step;
+        case Mode::once:
+            if (first && step == 0)
+                copy_line(array.itemsize, own, array.itemsize, base, 0, header.block);
+            else if (first)
+                transfer(header, array, base, own, chunk, false);
+            return own;
+        case Mode::gathered:
+            if (!array.is_output) transfer(header, array, base, own, chunk, false);
     }
-    const i64 begin = piece * run.chunks_per_piece;
-    const i64 end = begin + run.chunks_per_piece < run.chunks ? begin + run.chunks_per_piece : run.chunks;
+    return own;
+}
+
+// The chain that starts at a line: whole tiles by its links, the rest by the lines themselves.
+void run_chain_at(const Task& task, const Line* line, char* const* slots, i64 n) {
+    const i64 tiles = n / kTile, done = tiles * kTile;
+    if (tiles > 0) {
+        Link links[kMaxLinks];
+        Link* to = links;
+        for (const ChainLink* link = task.links + line->link;; link++, to++) {
+            to->run = link->run;
+            to->x = link->x < 0 ? reinterpret_cast<const char*>(task.constants[-1 - link->x].value) : slots[link->x];
+            if (link->code == kEnd) break;
+            if (link->code == kPrefetch)
+                to->x += link->y;
+            else
+                to->y = link->y < 0 ? reinterpret_cast<const char*>(task.constants[-1 - link->y].value) : slots[link->y];
+        }
+        run_chain(links, tiles);
+    }
+    if (done == n) return;
+    const i64 skip = done * i64(sizeof(float));
+    for (i64 l = 0; l < line->chain; l++) {
+        const Line& each = line[l];
+        each.run(slots[each.d] + skip, slots[each.a] + skip, slots[each.b] + skip, slots[each.c] + skip, n - done);
+    }
+}
+
+void run_lines(const Task& task, char* const* slots, const Chunk& chunk) {
+    const Line *line = task.lines, *end = line + task.header->instructions;
+    while (line < end) {
+        if (line->chain > 0) {
+            run_chain_at(task, line, slots, chunk.n);
+            line += line->chain;
+            continue;
+        }
+        if (line->code == kUniform)
+            uniform_f32(reinterpret_cast<float*>(slots[line->d]), *task.constants[line->a].value,
+                        *task.constants[line->b].value, chunk.first, chunk.n);
+        else
+            line->run(slots[line->d], slots[line->a], slots[line->b], slots[line->c], chunk.n);
+        line++;
+    }
+}
+
+void run_span(const Task& task, i64 begin, i64 end) {
+    alignas(64) char memory[kRegisterBytes];
+    const Header& header = *task.header;
+    char* slots[kMaxSlots];
+    char** const registers = slots + header.arrays;
+    for (i64 r = 0; r < header.registers; r++) registers[r] = memory + task.registers[r].offset;
+    for (i64 c = 0; c < header.constants; c++) {
+        const Constant& constant = task.constants[c];
+        if (constant.slot < 0 || (constant.chained && !header.tails)) continue;
+        const i64 itemsize = task.registers[constant.slot - header.arrays].itemsize;
+        copy_line(itemsize, slots[constant.slot], itemsize, reinterpret_cast<const char*>(constant.value), 0, header.block);
+    }
     bool streaming = false;
     for (i64 which = begin; which < end; which++) {
-        const Chunk chunk = chunk_of(run, which);
+        const Chunk chunk = chunk_of(header, which);
         for (i64 a = 0; a < header.arrays; a++) {
-            const Array& array = run.arrays[a];
-            char* base = static_cast<char*>(run.bases[a]);
+            const Array& array = task.arrays[a];
             char* own = array.stand_in < 0 ? nullptr : slots[array.stand_in];
-            const i64 step = array.strides[header.dims - 1];
-            switch (run.modes[a]) {
-                case Mode::dense: slots[a] = base + chunk.first * array.itemsize; break;
-                case Mode::along_row: slots[a] = base + row_offset(run, array, chunk.row) + chunk.column * step; break;
-                case Mode::once:
-                    slots[a] = own;
-                    if (which != begin) break;
-                    if (step == 0)
-                        copy_line(array.itemsize, own, array.itemsize, base, 0, header.block);
-                    else
-                        transfer(run, array, base, own, chunk, false);
-                    break;
-                case Mode::gathered:
-                    slots[a] = own;
-                    if (!array.is_output) transfer(run, array, base, own, chunk, false);
-                    break;
-            }
-            if (run.buffered[a]) slots[a] = own;
+            slots[a] = reach(header, array, task.bases[a], own, chunk, which == begin);
         }
-        for (i64 l = 0; l < header.instructions; l++) {
-            const Line& line = run.lines[l];
-            if (line.code == kUniform) {
-                uniform_f32(reinterpret_cast<float*>(slots[line.d]), run.constants[line.a].bits, run.constants[line.b].bits,
-                            chunk.first, chunk.n);
-                continue;
-            }
-            run.functions[l](slots[line.d], slots[line.a], slots[line.b], slots[line.c], chunk.n);
-        }
+        run_lines(task, slots, chunk);
         for (i64 a = 0; a < header.arrays; a++) {
-            const Array& array = run.arrays[a];
+            const Array& array = task.arrays[a];
             if (!array.is_output) continue;
-            if (run.buffered[a]) {
-                char* to = static_cast<char*>(run.bases[a]) + chunk.first * array.itemsize;
-                if (run.streamed[a])
+            if (array.buffered) {
+                char* to = task.bases[a] + chunk.first * array.itemsize;
+                if (array.streamed)
                     stream_copy(to, slots[a], chunk.n * array.itemsize);
                 else
                     std::memcpy(to, slots[a], size_t(chunk.n * array.itemsize));
-                streaming |= run.streamed[a];
-            } else if (run.modes[a] == Mode::gathered) {
-                transfer(run, array, static_cast<char*>(run.bases[a]), slots[a], chunk, true);
+                streaming |= array.streamed != 0;
+            } else if (array.mode == Mode::gathered) {
+                transfer(header, array, task.bases[a], slots[a], chunk, true);
             }
         }
     }
@@ -192,8 +243,7 @@ void run_piece(const Run& run, i64 piece) {
 }
 
 // How a block of an array is reached.
-Mode mode_of(const Run& run, const Array& array) {
-    const Header& header = *run.header;
+Mode mode_of(const Header& header, const Array& array) {
     i64 expected = array.itemsize;
     bool dense = true, rows_alike = true;
     for (i64 axis = header.dims - 1; axis >= 0; axis--) {
@@ -203,11 +253,31 @@ Mode mode_of(const Run& run, const Array& array) {
     }
     const i64 step = array.strides[header.dims - 1];
     if (dense) return Mode::dense;
-    if (!run.whole_rows && step == array.itemsize) return Mode::along_row;
+    if (array.is_output && array.late) return Mode::gathered;
+    if (!header.whole_rows && step == array.itemsize) return Mode::along_row;
     if (array.is_output) return Mode::gathered;
-    if (rows_alike && (run.whole_rows || step == 0)) return Mode::once;  // the same for every chunk
+    if (rows_alike && (header.whole_rows || step == 0)) return Mode::once;  // the same for every chunk
     return Mode::gathered;
 }
+
+// Writes "code name" lines; `size` bytes of room.
+struct Names {
+    char* out;
+    i64 size, at = 0;
+
+    void put(char letter) {
+        if (at < size - 1) out[at++] = letter;
+    }
+    void put(i64 code, const char* name) {
+        char digits[24];
+        int count = 0;
+        for (; code > 0 || count == 0; code /= 10) digits[count++] = char('0' + code % 10);
+        while (count > 0) put(digits[--count]);
+        put(' ');
+        for (; *name; name++) put(*name);
+        put('\n');
+    }
+};
 
 }  // namespace
 }  // namespace brim
@@ -216,53 +286,50 @@ using namespace brim;
 
 // The instructions' names, one a line, as "code name"; `size` bytes of room.
 BRIM_EXPORT void brim_vm_names(char* out, i64 size) {
-    i64 at = 0;
-    auto put = [&](char letter) {
-        if (at < size - 1) out[at++] = letter;
-    };
+    Names names{out, size};
     for (i64 table = 0; table < i64(sizeof kTables / sizeof kTables[0]); table++)
-        for (i64 n = 0; kTables[table][n].name != nullptr; n++) {
-            char digits[24];
-            int count = 0;
-            for (i64 code = table << 16 | n; code > 0 || count == 0; code /= 10) digits[count++] = char('0' + code % 10);
-            while (count > 0) put(digits[--count]);
-            put(' ');
-            for (const char* letter = kTables[table][n].name; *letter; letter++) put(*letter);
-            put('\n');
-        }
-    if (size > 0) out[at] = 0;
+        for (i64 n = 0; kTables[table][n].name != nullptr; n++) names.put(table << 16 | n, kTables[table][n].name);
+    if (size > 0) out[names.at] = 0;
 }
 
-// Runs a program on arrays at `bases`; see the structures above.
-BRIM_EXPORT void brim_vm_run(const i64* header, const i64* arrays, const i64* registers, const i64* constants,
-                             const i64* lines, void* const* bases) {
-    Run run;
-    run.header = reinterpret_cast<const Header*>(header);
-    run.arrays = reinterpret_cast<const Array*>(arrays);
-    run.registers = reinterpret_cast<const Register*>(registers);
-    run.constants = reinterpret_cast<const Constant*>(constants);
-    run.lines = reinterpret_cast<const Line*>(lines);
-    run.bases = bases;
-    const Header& head = *run.header;
-    run.inner = head.shape[head.dims - 1];
-    run.rows = 1;
-    for (i64 axis = 0; axis < head.dims - 1; axis++) run.rows *= head.shape[axis];
-    run.size = run.rows * run.inner;
-    if (run.size == 0) return;
-    run.whole_rows = run.inner * 2 <= head.block && run.rows > 1;
-    run.per_chunk = run.whole_rows ? head.block / run.inner : head.block;
-    run.chunks = run.whole_rows ? ceil_div(run.rows, run.per_chunk) : run.rows * ceil_div(run.inner, run.per_chunk);
-    const i64 chunk_elements = ceil_div(run.size, run.chunks);
-    run.chunks_per_piece = ceil_div(kPieceElements, chunk_elements);
-    for (i64 l = 0; l < head.instructions; l++)
-        run.functions[l] = run.lines[l].code == kUniform ? nullptr : function_of(run.lines[l].code);
+// The names of chains' links, likewise.
+BRIM_EXPORT void brim_vm_link_names(char* out, i64 size) {
+    Names names{out, size};
+    for (i64 n = 0; kLinkInstructions[n].name != nullptr; n++) names.put(n, kLinkInstructions[n].name);
+    if (size > 0) out[names.at] = 0;
+}
+
+// Completes a program, in place; `header.chunks` says afterwards how many chunks there are.
+BRIM_EXPORT void brim_vm_prepare(i64* header, i64* arrays, i64* lines, i64* links) {
+    Header& head = *reinterpret_cast<Header*>(header);
+    head.inner = head.shape[head.dims - 1];
+    head.rows = 1;
+    for (i64 axis = 0; axis < head.dims - 1; axis++) head.rows *= head.shape[axis];
+    head.whole_rows = head.inner > 0 && head.inner * 2 <= head.block && head.rows > 1;
+    head.per_chunk = head.whole_rows ? head.block / head.inner : head.block;
+    head.chunks = head.whole_rows ? ceil_div(head.rows, head.per_chunk) : head.rows * ceil_div(head.inner, head.per_chunk);
+    head.tails = head.rows > 1 || head.inner % kTile != 0 || head.block % kTile != 0;
     for (i64 a = 0; a < head.arrays; a++) {
-        run.modes[a] = mode_of(run, run.arrays[a]);
-        const Array& array = run.arrays[a];
-        const bool large = run.size * array.itemsize >= kStreamBytes;
-        if (array.is_output && array.late && run.modes[a] == Mode::along_row) run.modes[a] = Mode::gathered;
-        run.buffered[a] = array.is_output && run.modes[a] == Mode::dense && array.stand_in >= 0;
-        run.streamed[a] = run.buffered[a] && large;
+        Array& array = reinterpret_cast<Array*>(arrays)[a];
+        array.mode = mode_of(head, array);
+        array.buffered = array.is_output && array.mode == Mode::dense && array.stand_in >= 0;
     }
-    parallel(ceil_div(run.chunks, run.chunks_per_piece), [&](i64 piece) { run_piece(run, piece); });
+    for (i64 l = 0; l < head.instructions; l++) {
+        Line& line = reinterpret_cast<Line*>(lines)[l];
+        line.run = line.code == kUniform ? nullptr : kTables[line.code >> 16][line.code & 0xffff].run;
+    }
+    for (i64 n = 0; n < head.links; n++) {
+        ChainLink& link = reinterpret_cast<ChainLink*>(links)[n];
+        link.run = kLinkInstructions[link.code].run;
+    }
+}
+
+// Runs tasks: piece number n is the spans from starts[n] up to starts[n + 1].
+BRIM_EXPORT void brim_vm_run(const i64* tasks, const i64* spans, const i64* starts, i64 pieces) {
+    parallel(pieces, [=](i64 piece) {
+        for (i64 s = starts[piece]; s < starts[piece + 1]; s++) {
+            const Span& span = reinterpret_cast<const Span*>(spans)[s];
+            run_span(reinterpret_cast<const Task*>(tasks)[span.task], span.begin, span.end);
+        }
+    });
 }

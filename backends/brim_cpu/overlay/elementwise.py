@@ -25,7 +25,7 @@ __all__ = ["Interpreter", "bind_elementwise", "bind_formula", "bind_many", "inst
 Array = np.ndarray[Any, Any]
 Call = Callable[[], None]
 
-_RUN = native.Function("brim_vm_run", "pppppp")
+_RUN = native.Function("brim_vm_run", "pppi")
 _KEPT_LAYOUTS = 64
 
 SMALL_ELEMENTS = 4096
@@ -58,24 +58,14 @@ class Interpreter:
 
     def call(self, outs: Sequence[Array], ins: Sequence[Any]) -> Call | None:
         """A call that evaluates the formula on these arrays; None where the program gets too large for them."""
+        task = self.task(outs, ins)
+        return None if task is None else _call([task])
+
+    def task(self, outs: Sequence[Array], ins: Sequence[Any]) -> _Task | None:
+        """What is to run on these arrays; None where the program gets too large for them."""
         arrays = [ins[n] for n in self.arrays]
         found = self._layout(outs, arrays)
-        if found is None:
-            return None
-        made, plan = found
-        constants, cells = _constants(made, ins)
-        operands = [*arrays, *outs]
-        bases = np.array([native.pointer(array) for array in operands], np.int64)
-        call = _RUN.bind(plan.header, plan.arrays, plan.registers, constants, plan.lines, bases)
-        call.keeps += (operands,)
-        if cells:
-
-            def renew() -> None:
-                for place, dtype, cell in cells:
-                    place[0] = _as(dtype, cell.value)
-
-            call.renewals.append(renew)
-        return call
+        return None if found is None else _Task(*found, ins, [*arrays, *outs])
 
     def _layout(self, outs: Sequence[Array], arrays: Sequence[Array]) -> tuple[Lines, Layout] | None:
         key: Any = tuple((array.shape, array.strides, native.pointer(array)) for array in (*arrays, *outs))
@@ -97,7 +87,8 @@ class Interpreter:
             shape = outs[0].shape
             every = (*arrays, *outs)
             steps = [_broadcast_strides(array, len(shape)) for array in every]
-            plan = layout(made, shape, [array.itemsize for array in every], steps, self.ordered)
+            updated = [any(o == out for out, _ in aliases) for o in range(len(outs))]
+            plan = layout(made, shape, [array.itemsize for array in every], steps, self.ordered, updated)
             if plan is None:
                 return None
             if len(self.layouts) >= _KEPT_LAYOUTS:
@@ -117,19 +108,75 @@ def _as(dtype: np.dtype[Any], value: Any) -> Any:
     return dtype.type(int(value) if dtype.kind == "u" and dtype.itemsize == 8 else value)
 
 
-def _constants(made: Lines, ins: Sequence[Any]) -> tuple[Array, list[tuple[Array, np.dtype[Any], ScalarCell]]]:
-    """The constants as vm.cpp reads them, and those that are read anew at each run."""
-    table = np.zeros((max(1, len(made.constants)), 2), np.int64)
-    cells = []
-    for row, (slot, dtype, value, source) in zip(table, made.constants):
-        row[0] = slot
-        place = row[1:].view(dtype)
-        given = value if source is None else ins[source]
-        if isinstance(given, ScalarCell):
-            cells.append((place, dtype, given))
-        else:
-            place[0] = _as(dtype, given)
-    return table, cells
+class _Task:
+    """A program with the arrays and numbers that it runs on, as vm.cpp reads them.
+
+    Attributes:
+        record: addresses of its parts.
+        cells: the numbers that are read anew at each run.
+    """
+
+    def __init__(self, made: Lines, plan: Layout, ins: Sequence[Any], operands: Sequence[Array]) -> None:
+        self.plan, self.operands, self.cells = plan, operands, list[_Cell]()
+        self.values = np.zeros(max(1, len(made.constants)), np.uint64)
+        table = np.zeros((len(self.values), 3), np.int64)
+        for n, (slot, dtype, value, source) in enumerate(made.constants):
+            place = self.values[n : n + 1]
+            table[n] = slot, plan.only_chained[n], native.pointer(place)
+            given = value if source is None else ins[source]
+            if isinstance(given, ScalarCell):
+                self.cells.append(_Cell(given, dtype, place))
+            else:
+                place.view(dtype)[0] = _as(dtype, given)
+        self.constants = table
+        self.bases = np.array([native.pointer(array) for array in operands], np.int64)
+        parts = (plan.header, plan.arrays, plan.registers, table, plan.lines, plan.links, self.bases)
+        self.record = [native.pointer(part) for part in parts]
+
+
+class _Cell:
+    """A cell's number in memory that native code reads; ``last`` is what was written there."""
+
+    __slots__ = ("cell", "dtype", "last", "place")
+
+    def __init__(self, cell: ScalarCell, dtype: np.dtype[Any], memory: Array) -> None:
+        self.cell, self.dtype, self.last = cell, dtype, object()
+        # A view of memory rounds a number to float32 as NumPy does, in a fifth of the time.
+        self.place: Any = memory.view(dtype).data if dtype == np.float32 else memory.view(dtype)
+
+    def write(self, value: Any) -> None:
+        self.place[0] = value if self.dtype == np.float32 else _as(self.dtype, value)
+        self.last = value
+
+
+def _call(tasks: Sequence[_Task]) -> Call:
+    """One call that runs all tasks, cut into pieces over all of them."""
+    spans, starts, filled = list[tuple[int, int, int]](), [0], 0.0
+    for n, task in enumerate(tasks):
+        for begin in range(0, task.plan.chunks, task.plan.piece_chunks):
+            end = min(begin + task.plan.piece_chunks, task.plan.chunks)
+            spans.append((n, begin, end))
+            filled += (end - begin) / task.plan.piece_chunks
+            if filled > 0.75:  # small spans make a piece together
+                starts.append(len(spans))
+                filled = 0.0
+    if starts[-1] != len(spans):
+        starts.append(len(spans))
+    records, ranges = np.array([task.record for task in tasks], np.int64), np.array(spans, np.int64)
+    call = _RUN.bind(records, ranges, np.array(starts, np.int64), len(starts) - 1)
+    call.keeps += (tasks,)  # type: ignore[attr-defined]
+    cells = [cell for task in tasks for cell in task.cells]
+    if not cells:
+        return call
+
+    def read_and_call() -> None:
+        for cell in cells:
+            value = cell.cell.value
+            if value is not cell.last:
+                cell.write(value)
+        call()
+
+    return read_and_call
 
 
 def bind_formula(

@@ -1,0 +1,184 @@
+"""Which lines of an interpreter's program become chains (native/vm_chain.hpp), whose results stay in registers.
+
+A chain is a run of float32 lines of exact arithmetic. Each becomes a link, whose operands are the result of the link
+before (a), memory (m) or a constant (c); a result is stored only where another line reads it later. The results' bits
+are those of the lines by themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from brim.expr import FusedFormula, ScalarStep
+from brim_cpu import native
+
+__all__ = ["Chains", "Line", "chains_of", "depth_first", "link_codes"]
+
+Line = tuple[int, int, int, int, int]
+"""(code, d, a, b, c)"""
+
+UNARY = ("neg", "abs", "square", "sqrt")
+BINARY = ("add", "sub", "mul", "div", "max", "min")
+
+
+@functools.cache
+def link_codes() -> dict[str, int]:
+    """Code of each kind of link by its name."""
+    room = ctypes.create_string_buffer(1 << 14)
+    native.Function("brim_vm_link_names", "pi").bind(ctypes.addressof(room), len(room))()
+    pairs = (line.split() for line in room.value.decode().splitlines())
+    return {name: int(code) for code, name in pairs}
+
+
+@dataclass
+class Chains:
+    """The chains of a program.
+
+    Attributes:
+        links: (code, x, y) of every link; x and y are slots, or -1 - number for a constant.
+        at: the line at which a chain starts -> (how many lines it is, its first link).
+        streams: arrays read by chains, each with the line at which the first chain that reads it starts.
+    """
+
+    links: list[tuple[int, int, int]] = field(default_factory=list)
+    at: dict[int, tuple[int, int]] = field(default_factory=dict)
+    streams: list[tuple[int, int]] = field(default_factory=list)
+
+
+def chains_of(
+    lines: Sequence[Line], codes: Mapping[str, int], constants: Mapping[int, int], arrays: int, outputs: int
+) -> Chains:
+    """The chains of a program.
+
+    Arguments:
+        lines: the program.
+        codes: of the instructions, by name.
+        constants: slot of a constant's register -> number of the constant.
+        arrays, outputs: how many; the slots of inputs, then of outputs are the first ones.
+    """
+    return _Finder(lines, codes, constants, arrays, outputs).found
+
+
+class _Finder:
+    def __init__(
+        self, lines: Sequence[Line], codes: Mapping[str, int], constants: Mapping[int, int], arrays: int, outputs: int
+    ) -> None:
+        self.lines, self.constants, self.arrays, self.outputs = lines, constants, arrays, outputs
+        names = {codes[f"{fn}.f32"]: (fn, arity) for group, arity in ((UNARY, 1), (BINARY, 2)) for fn in group}
+        self.kinds = [names.get(line[0]) for line in lines]
+        self.found = Chains()
+        start = 0
+        while start < len(lines):
+            end = start
+            while end < len(lines) and self.links_up(end):
+                end += 1
+            if end - start >= 2:
+                self.make(start, end)
+            start = max(end, start + 1)
+
+    def links_up(self, n: int) -> bool:
+        """True for a line that may be a link: one with an operand that is no constant."""
+        return self.kinds[n] is not None and any(slot not in self.constants for slot in self.operands(n))
+
+    def operands(self, n: int) -> tuple[int, ...]:
+        kind = self.kinds[n]
+        arity = 3 if kind is None else kind[1]
+        return self.lines[n][2 : 2 + arity]
+
+    def readers(self, n: int) -> list[int]:
+        """The lines that read a line's result."""
+        slot, found = self.lines[n][1], []
+        for later in range(n + 1, len(self.lines)):
+            if slot in self.operands(later):
+                found.append(later)
+            if self.lines[later][1] == slot:
+                break
+        return found
+
+    def is_output(self, n: int) -> bool:
+        return self.arrays <= self.lines[n][1] < self.arrays + self.outputs
+
+    def is_product(self, n: int) -> bool:
+        """True for a product that is only added to, or subtracted from or by, the result of the line before it."""
+        product, total = self.kinds[n], self.kinds[n + 1]
+        if product != ("mul", 2) or total not in (("add", 2), ("sub", 2)) or self.is_output(n):
+            return False
+        before, own = self.lines[n - 1][1], self.lines[n][1]
+        return (
+            before != own
+            and before not in self.operands(n)
+            and sorted(self.operands(n + 1)) == sorted((before, own))
+            and self.readers(n) == [n + 1]
+        )
+
+    def make(self, start: int, end: int) -> None:
+        """The links of a chain, in groups of one line or of a product and the sum that reads it."""
+        groups: list[tuple[int, ...]] = []
+        n = start
+        while n < end:
+            fused = n > start and n + 1 < end and self.is_product(n)
+            groups.append((n, n + 1) if fused else (n,))
+            n = groups[-1][-1] + 1
+        first = len(self.found.links)
+        held: int | None = None  # the slot whose value the accumulator holds
+        for group, after in zip(groups, (*groups[1:], ())):
+            self.link(group, held)
+            last = group[-1]
+            held = self.lines[last][1]
+            if self.is_output(last) or any(reader not in after for reader in self.readers(last)):
+                self.emit("store", held, held)
+        self.emit("end", 0, 0)
+        self.found.at[start] = (end - start, first)
+        known = {array for _, array in self.found.streams}
+        read = {slot for n in range(start, end) for slot in self.operands(n) if slot < self.arrays}
+        self.found.streams += [(start, slot) for slot in sorted(read - known)]
+
+    def link(self, group: tuple[int, ...], held: int | None) -> None:
+        first, last = group[0], group[-1]
+        kind = self.kinds[last]
+        assert kind is not None
+        operands = self.operands(first)
+        letters = "".join("a" if slot == held else "c" if slot in self.constants else "m" for slot in operands)
+        if len(group) == 2:
+            product_first = self.operands(last)[0] == self.lines[first][1]
+            letters = f"{letters}a" if product_first else f"a{letters}"
+        self.emit(f"{kind[0]}.{letters}", operands[0], operands[-1])
+
+    def emit(self, name: str, x: int, y: int) -> None:
+        number = [-1 - self.constants[slot] if slot in self.constants else slot for slot in (x, y)]
+        self.found.links.append((link_codes()[name], number[0], number[1]))
+
+
+def depth_first(formula: FusedFormula) -> FusedFormula:
+    """The formula with its steps in an order in which most results are read by the very next step.
+
+    What a step reads is computed right before it, the larger part first.
+    """
+    steps = formula.steps
+    needs = [[which for kind, which in step.args if kind == "step"] for step in steps]
+    sizes: list[int] = []
+    for need in needs:  # of what a step needs, counted again for each reader
+        sizes.append(min(1 + sum(sizes[n] for n in set(need)), 1 << 30))
+    order: list[int] = []
+    done: set[int] = set()
+    for output in formula.outputs:
+        waiting = [output]
+        while waiting:
+            n = waiting[-1]
+            open_ones = [need for need in needs[n] if need not in done]
+            if n not in done and open_ones:
+                waiting.append(max(open_ones, key=lambda need: sizes[need]))
+                continue
+            waiting.pop()
+            if n not in done:
+                done.add(n)
+                order.append(n)
+    numbers = {old: new for new, old in enumerate(order)}
+
+    def moved(step: ScalarStep) -> ScalarStep:
+        return replace(step, args=tuple((kind, numbers[x] if kind == "step" else x) for kind, x in step.args))
+
+    return FusedFormula(tuple(moved(steps[n]) for n in order), tuple(numbers[n] for n in formula.outputs))
