@@ -58,14 +58,24 @@ class Interpreter:
 
     def call(self, outs: Sequence[Array], ins: Sequence[Any]) -> Call | None:
         """A call that evaluates the formula on these arrays; None where the program gets too large for them."""
-        task = self.task(outs, ins)
+        task = self.task(outs, ins, {})
         return None if task is None else _call([task])
 
-    def task(self, outs: Sequence[Array], ins: Sequence[Any]) -> _Task | None:
-        """What is to run on these arrays; None where the program gets too large for them."""
+    def task(self, outs: Sequence[Array], ins: Sequence[Any], numbers: dict[Any, _Numbers]) -> _Task | None:
+        """What is to run on these arrays; None where the program gets too large for them.
+
+        Arguments:
+            numbers: those of the tasks before, which tasks with the same numbers use too.
+        """
         arrays = [ins[n] for n in self.arrays]
         found = self._layout(outs, arrays)
-        return None if found is None else _Task(*found, ins, [*arrays, *outs])
+        if found is None:
+            return None
+        made, plan = found
+        key = (id(made), plan.only_chained, *(id(x) for x, scalar in zip(ins, self.scalars) if scalar))
+        if key not in numbers:
+            numbers[key] = _Numbers(made, plan, ins)
+        return _Task(plan, numbers[key], [*arrays, *outs])
 
     def _layout(self, outs: Sequence[Array], arrays: Sequence[Array]) -> tuple[Lines, Layout] | None:
         key: Any = tuple((array.shape, array.strides, native.pointer(array)) for array in (*arrays, *outs))
@@ -108,29 +118,34 @@ def _as(dtype: np.dtype[Any], value: Any) -> Any:
     return dtype.type(int(value) if dtype.kind == "u" and dtype.itemsize == 8 else value)
 
 
-class _Task:
-    """A program with the arrays and numbers that it runs on, as vm.cpp reads them.
+class _Numbers:
+    """A program's constants as vm.cpp reads them.
 
     Attributes:
-        record: addresses of its parts.
-        cells: the numbers that are read anew at each run.
+        cells: those that are read anew at each run.
     """
 
-    def __init__(self, made: Lines, plan: Layout, ins: Sequence[Any], operands: Sequence[Array]) -> None:
-        self.plan, self.operands, self.cells = plan, operands, list[_Cell]()
+    def __init__(self, made: Lines, plan: Layout, ins: Sequence[Any]) -> None:
+        self.given, self.cells = ins, list[_Cell]()
         self.values = np.zeros(max(1, len(made.constants)), np.uint64)
-        table = np.zeros((len(self.values), 3), np.int64)
+        self.table = np.zeros((len(self.values), 3), np.int64)
         for n, (slot, dtype, value, source) in enumerate(made.constants):
             place = self.values[n : n + 1]
-            table[n] = slot, plan.only_chained[n], native.pointer(place)
+            self.table[n] = slot, plan.only_chained[n], native.pointer(place)
             given = value if source is None else ins[source]
             if isinstance(given, ScalarCell):
                 self.cells.append(_Cell(given, dtype, place))
             else:
                 place.view(dtype)[0] = _as(dtype, given)
-        self.constants = table
+
+
+class _Task:
+    """A program with the arrays and numbers that it runs on; ``record`` has the addresses that vm.cpp reads."""
+
+    def __init__(self, plan: Layout, numbers: _Numbers, operands: Sequence[Array]) -> None:
+        self.plan, self.numbers, self.operands = plan, numbers, operands
         self.bases = np.array([native.pointer(array) for array in operands], np.int64)
-        parts = (plan.header, plan.arrays, plan.registers, table, plan.lines, plan.links, self.bases)
+        parts = (plan.header, plan.arrays, plan.registers, numbers.table, plan.lines, plan.links, self.bases)
         self.record = [native.pointer(part) for part in parts]
 
 
@@ -165,7 +180,7 @@ def _call(tasks: Sequence[_Task]) -> Call:
     records, ranges = np.array([task.record for task in tasks], np.int64), np.array(spans, np.int64)
     call = _RUN.bind(records, ranges, np.array(starts, np.int64), len(starts) - 1)
     call.keeps += (tasks,)  # type: ignore[attr-defined]
-    cells = [cell for task in tasks for cell in task.cells]
+    cells = list(dict.fromkeys(cell for task in tasks for cell in task.numbers.cells))
     if not cells:
         return call
 
@@ -187,13 +202,8 @@ def bind_formula(
     Arguments:
         small: a NumPy kernel that gives the same bits, for few elements.
     """
-    if not native.available() or outs[0].ndim > MAX_DIMS:
-        return None
-    try:
-        program = Interpreter(typed(formula, ins), [not isinstance(x, Spec) for x in ins], [out.dtype for out in outs])
-    except KeyError:
-        return None
-    if program.call([_unused(out) for out in outs], [_unused(x) if isinstance(x, Spec) else 0 for x in ins]) is None:
+    program = _program(formula, ins, outs)
+    if program is None:
         return None
     size = outs[0].size
 
@@ -210,6 +220,23 @@ def bind_formula(
 
     use_small = small is not None and size <= SMALL_ELEMENTS
     return BoundKernel(small if use_small and small is not None else run, aliasing=True, prepare=prepare)
+
+
+def _program(formula: FusedFormula, ins: Sequence[Spec | Scalar], outs: Sequence[Spec]) -> Interpreter | None:
+    """The program for operands of these specs; None where NumPy's kernel is to run."""
+    if not native.available() or outs[0].ndim > MAX_DIMS:
+        return None
+    try:
+        program = Interpreter(typed(formula, ins), [not isinstance(x, Spec) for x in ins], [out.dtype for out in outs])
+    except KeyError:
+        return None
+    return program if _fits(program, ins, outs) else None
+
+
+def _fits(program: Interpreter, ins: Sequence[Spec | Scalar], outs: Sequence[Spec]) -> bool:
+    """Whether there is room where every operand needs a register of its own."""
+    given = [_unused(x) if isinstance(x, Spec) else 0 for x in ins]
+    return program.call([_unused(out) for out in outs], given) is not None
 
 
 def _unused(spec: Spec) -> Array:
@@ -229,7 +256,7 @@ def bind_elementwise(
 def bind_many(
     ins: Sequence[Spec | Scalar], outs: Sequence[Spec], formula: FusedFormula, count: int, shared: int
 ) -> BoundKernel | None:
-    """The kernel of one formula on many groups of arrays; the first inputs are shared."""
+    """The kernel of one formula on many groups of arrays, in one call; the first inputs are shared."""
     own, made = (len(ins) - shared) // count, len(outs) // count
 
     def cut(out: Sequence[Any], given: Sequence[Any]) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
@@ -237,21 +264,36 @@ def bind_many(
             first = shared + n * own
             yield tuple(out[n * made : (n + 1) * made]), (*given[:shared], *given[first : first + own])
 
-    parts = [bind_formula(formula, given, out) for out, given in cut(outs, ins)]
-    if any(part is None for part in parts):
-        return None
+    parts = list(cut(outs, ins))
+    programs: dict[Any, Interpreter | None] = {}
+    kinds = [_kinds(given) for _, given in parts]
+    for kind, (out, given) in zip(kinds, parts):
+        if kind not in programs:
+            programs[kind] = _program(formula, given, out)
+        program = programs[kind]
+        if program is None or not _fits(program, given, out):
+            return None
 
     def prepare(out: Any, *given: Any, scratch: Any = None, **params: Any) -> list[Call]:
-        calls: list[Call] = []
-        for part, (into, operands) in zip(parts, cut(out if isinstance(out, tuple) else (out,), given)):
-            calls += part.prepare(into, *operands)  # type: ignore[union-attr, misc, arg-type]
-        return calls
+        tasks, numbers = list[_Task](), dict[Any, _Numbers]()
+        for kind, (into, operands) in zip(kinds, cut(out if isinstance(out, tuple) else (out,), given)):
+            program = programs[kind]
+            if into[0].size and program is not None:
+                task = program.task(into, operands, numbers)
+                assert task is not None  # _fits
+                tasks.append(task)
+        return [_call(tasks)] if tasks else []
 
     def run(out: Any, *given: Any, scratch: Any = None, **params: Any) -> None:
         for call in prepare(out, *given):
             call()
 
     return BoundKernel(run, aliasing=True, prepare=prepare)
+
+
+def _kinds(ins: Sequence[Spec | Scalar]) -> tuple[Any, ...]:
+    """Equal for parts that one program serves."""
+    return tuple(x.dtype if isinstance(x, Spec) else type(x) for x in ins)
 
 
 class _OneFunction:

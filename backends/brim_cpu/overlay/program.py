@@ -301,13 +301,14 @@ def layout(
     lines, links = _with_chains(made, [n for n in range(first_output) if dense[n]] if size >= PREFETCH_ELEMENTS else [])
     dims = (*merged_shape, *(1,) * (MAX_DIMS - len(merged_shape)))
     counts = (len(merged_shape), count, len(registers), len(made.constants), len(lines), len(links), block)
-    parts = ((*counts, *dims, *(0,) * _COMPLETED), rows, offsets, lines, links or [(0, 0, 0, 0)])
-    header, *others = (np.array(part, np.int64) for part in parts)
-    native.Function("brim_vm_prepare", "pppp").bind(header, others[0], others[2], others[3])()
+    header = np.array((*counts, *dims, *(0,) * _COMPLETED), np.int64)
+    table, places = np.array(rows, np.int64), np.array(offsets, np.int64)
+    code, chained = np.array(lines, np.int64), np.array(links or [(0, 0, 0, 0)], np.int64)
+    native.Function("brim_vm_prepare", "pppp").bind(header, table, code, chained)()
     chunks = int(header[_CHUNKS])
     piece_elements = max(PIECE_ELEMENTS, size // MAX_PIECES)
     piece_chunks = max(1, -(-piece_elements * chunks // max(1, size)))
-    return Layout(header, *others, tuple(made.only_chained()), chunks, piece_chunks)
+    return Layout(header, table, places, code, chained, tuple(made.only_chained()), chunks, piece_chunks)
 
 
 def _with_chains(made: Lines, ahead: Sequence[int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
