@@ -155,7 +155,7 @@ class _Finder:
 def depth_first(formula: FusedFormula) -> FusedFormula:
     """The formula with its steps in an order in which most results are read by the very next step.
 
-    What a step reads is computed right before it, the larger part first.
+    What a step reads is computed right before it, the larger part first and a product last: links take that along.
     """
     steps = formula.steps
     needs = [[which for kind, which in step.args if kind == "step"] for step in steps]
@@ -170,7 +170,7 @@ def depth_first(formula: FusedFormula) -> FusedFormula:
             n = waiting[-1]
             open_ones = [need for need in needs[n] if need not in done]
             if n not in done and open_ones:
-                waiting.append(max(open_ones, key=lambda need: sizes[need]))
+                waiting.append(max(open_ones, key=lambda need: (sizes[need], steps[need].fn != "mul")))
                 continue
             waiting.pop()
             if n not in done:
