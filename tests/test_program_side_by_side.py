@@ -358,13 +358,14 @@ def test_joining_finds_something_in_random_programs() -> None:
     assert sum(bool(many_of(one)) for one in found) > 10
 
 
-PASSES = [*default_passes(CPU), lambda program: side_by_side(program, 2**20, CPU.alignment_bytes)]
+WITHOUT = [one for one in default_passes(CPU) if getattr(one, "__name__", "") != "side_by_side"]
+PASSES = [*WITHOUT, lambda program: side_by_side(program, 2**20, CPU.alignment_bytes)]
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "clipped", "mixed_precision", "rmsprop", "lstm"])
 def test_networks_train_the_same(name: str) -> None:
     ends = []
-    for passes in (default_passes(CPU), PASSES):
+    for passes in (WITHOUT, PASSES):
         net = make(name)
         steps = compiled(net, passes=passes)
         for which, arguments in net.calls[:3]:

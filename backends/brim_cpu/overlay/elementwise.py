@@ -17,7 +17,7 @@ from brim.op import Op, formula_of, is_plain_call
 from brim.spec import Scalar, Spec
 from brim_cpu import native, scalars
 from brim_cpu.fused_code import typed
-from brim_cpu.overlay.program import MAX_DIMS, Layout, Lines, code_of, layout, lines_of, math_functions
+from brim_cpu.overlay.program import MAX_DIMS, Layout, Lines, code_of, fits, layout, lines_of, math_functions
 from brim_cpu.scalars import UFUNCS
 
 __all__ = ["Interpreter", "bind_elementwise", "bind_formula", "bind_many", "install"]
@@ -26,7 +26,8 @@ Array = np.ndarray[Any, Any]
 Call = Callable[[], None]
 
 _RUN = native.Function("brim_vm_run", "pppi")
-_KEPT_LAYOUTS = 64
+_KEPT_LAYOUTS, _KEPT_PROGRAMS = 256, 1024
+_programs: dict[Any, Interpreter | None] = {}  # by formula and dtypes: a step has many of one kind
 
 SMALL_ELEMENTS = 4096
 """Up to so many elements one NumPy call costs less than a native one, where both give the same bits."""
@@ -211,7 +212,7 @@ def bind_formula(
         if size == 0:
             return []
         call = program.call(out if isinstance(out, tuple) else (out,), given)
-        assert call is not None  # the room was enough where every operand needs a register of its own
+        assert call is not None  # the room is enough for operands of any layout
         return [call]
 
     def run(out: Any, *given: Any, scratch: Any = None, **params: Any) -> None:
@@ -226,22 +227,31 @@ def _program(formula: FusedFormula, ins: Sequence[Spec | Scalar], outs: Sequence
     """The program for operands of these specs; None where NumPy's kernel is to run."""
     if not native.available() or outs[0].ndim > MAX_DIMS:
         return None
+    out_dtypes = [out.dtype for out in outs]
+    kinds = _kinds(ins)
+    steps = [(step.fn, step.dtype, step.compute, repr(step.args)) for step in formula.steps]  # 0.0 equals -0.0
+    key = (*steps, formula.outputs, *kinds, None, *out_dtypes)
+    if key not in _programs:
+        if len(_programs) >= _KEPT_PROGRAMS:
+            _programs.clear()
+        _programs[key] = _made(typed(formula, ins), kinds, out_dtypes)
+    return _programs[key]
+
+
+def _made(
+    formula: FusedFormula, kinds: Sequence[np.dtype[Any] | None], out_dtypes: Sequence[np.dtype[Any]]
+) -> Interpreter | None:
     try:
-        program = Interpreter(typed(formula, ins), [not isinstance(x, Spec) for x in ins], [out.dtype for out in outs])
+        program = Interpreter(formula, [kind is None for kind in kinds], out_dtypes)
     except KeyError:
         return None
-    return program if _fits(program, ins, outs) else None
+    dtypes = [kind for kind in (*kinds, *out_dtypes) if kind is not None]
+    return program if fits(program.lines[frozenset()], [dtype.itemsize for dtype in dtypes]) else None
 
 
-def _fits(program: Interpreter, ins: Sequence[Spec | Scalar], outs: Sequence[Spec]) -> bool:
-    """Whether there is room where every operand needs a register of its own."""
-    given = [_unused(x) if isinstance(x, Spec) else 0 for x in ins]
-    return program.call([_unused(out) for out in outs], given) is not None
-
-
-def _unused(spec: Spec) -> Array:
-    """An array of a shape whose elements nobody reads, without memory for them."""
-    return np.lib.stride_tricks.as_strided(np.empty((), spec.dtype), spec.shape, (0,) * spec.ndim)
+def _kinds(ins: Sequence[Spec | Scalar]) -> tuple[np.dtype[Any] | None, ...]:
+    """Equal for operands that one program serves."""
+    return tuple(x.dtype if isinstance(x, Spec) else None for x in ins)
 
 
 def bind_elementwise(
@@ -265,22 +275,16 @@ def bind_many(
             yield tuple(out[n * made : (n + 1) * made]), (*given[:shared], *given[first : first + own])
 
     parts = list(cut(outs, ins))
-    programs: dict[Any, Interpreter | None] = {}
-    kinds = [_kinds(given) for _, given in parts]
-    for kind, (out, given) in zip(kinds, parts):
-        if kind not in programs:
-            programs[kind] = _program(formula, given, out)
-        program = programs[kind]
-        if program is None or not _fits(program, given, out):
-            return None
+    programs = [_program(formula, given, out) for out, given in parts]
+    if None in programs:
+        return None
 
     def prepare(out: Any, *given: Any, scratch: Any = None, **params: Any) -> list[Call]:
         tasks, numbers = list[_Task](), dict[Any, _Numbers]()
-        for kind, (into, operands) in zip(kinds, cut(out if isinstance(out, tuple) else (out,), given)):
-            program = programs[kind]
+        for program, (into, operands) in zip(programs, cut(out if isinstance(out, tuple) else (out,), given)):
             if into[0].size and program is not None:
                 task = program.task(into, operands, numbers)
-                assert task is not None  # _fits
+                assert task is not None  # the room is enough for operands of any layout
                 tasks.append(task)
         return [_call(tasks)] if tasks else []
 
@@ -289,11 +293,6 @@ def bind_many(
             call()
 
     return BoundKernel(run, aliasing=True, prepare=prepare)
-
-
-def _kinds(ins: Sequence[Spec | Scalar]) -> tuple[Any, ...]:
-    """Equal for parts that one program serves."""
-    return tuple(x.dtype if isinstance(x, Spec) else type(x) for x in ins)
 
 
 class _OneFunction:

@@ -15,7 +15,7 @@ from brim.expr import SCALAR_FUNCTIONS, FusedFormula, ScalarStep
 from brim_cpu import native
 from brim_cpu.overlay.chains import Chains, Line, chains_of, depth_first, link_codes
 
-__all__ = ["MAX_DIMS", "Layout", "Lines", "code_of", "layout", "lines_of", "math_functions"]
+__all__ = ["MAX_DIMS", "Layout", "Lines", "code_of", "fits", "layout", "lines_of", "math_functions"]
 
 _NAMES = {
     "float32": "f32",
@@ -29,6 +29,7 @@ _NAMES = {
 }
 _UNIFORM = -1
 MAX_DIMS, _MAX_SLOTS, _MAX_LINES = 8, 96, 512
+_BLOCKS = (1024, 512, 256, 128)
 _REGISTER_BYTES = 64 * 1024
 _CHUNKS, _COMPLETED = (
     18,
@@ -141,6 +142,12 @@ def lines_of(
     if CHAINS:
         made.add_chains()
     return made
+
+
+def fits(made: Lines, itemsizes: Sequence[int]) -> bool:
+    """Whether there is room where every array, of these itemsizes, needs a register of its own."""
+    slots = 2 * len(itemsizes) + len(made.registers)
+    return slots <= _MAX_SLOTS and (sum(itemsizes) + sum(made.registers)) * _BLOCKS[-1] <= _REGISTER_BYTES
 
 
 class _Writer:
@@ -291,7 +298,7 @@ def layout(
     if count + len(registers) > _MAX_SLOTS:
         return None
     wide = sum(registers)
-    block = next((b for b in (1024, 512, 256) if b * wide <= _CACHE_BYTES), 128)
+    block = next((b for b in _BLOCKS if b * wide <= _CACHE_BYTES), _BLOCKS[-1])
     offsets, at = [], 0
     for itemsize in registers:
         offsets.append((at, itemsize))
