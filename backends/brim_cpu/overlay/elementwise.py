@@ -180,19 +180,18 @@ def _call(tasks: Sequence[_Task]) -> Call:
         starts.append(len(spans))
     records, ranges = np.array([task.record for task in tasks], np.int64), np.array(spans, np.int64)
     call = _RUN.bind(records, ranges, np.array(starts, np.int64), len(starts) - 1)
-    call.keeps += (tasks,)  # type: ignore[attr-defined]
+    call.keeps += (tasks,)
     cells = list(dict.fromkeys(cell for task in tasks for cell in task.numbers.cells))
-    if not cells:
-        return call
+    if cells:
 
-    def read_and_call() -> None:
-        for cell in cells:
-            value = cell.cell.value
-            if value is not cell.last:
-                cell.write(value)
-        call()
+        def renew() -> None:
+            for cell in cells:
+                value = cell.cell.value
+                if value is not cell.last:
+                    cell.write(value)
 
-    return read_and_call
+        call.renewals.append(renew)
+    return call
 
 
 def bind_formula(
