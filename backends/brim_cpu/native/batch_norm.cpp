@@ -27,7 +27,10 @@ struct Cut {
 template <class T>
 const T* gather(T* block, const T* x, const Cut& cut, i64 c, i64 first, i64 images) {
     const T* from = x + (first * cut.C + c) * cut.S;
-    if (images == 1) return from;
+    if (images == 1) {
+        prefetch(from, cut.S * i64(sizeof(T)), cut.C * cut.S * i64(sizeof(T)));  // the next image's, on other pages
+        return from;
+    }
     for (i64 n = 0; n < images; n++, from += cut.C * cut.S)
         std::memcpy(block + n * cut.S, from, size_t(cut.S) * sizeof(T));
     return block;
@@ -56,6 +59,7 @@ void write_channel(T* out, const T* x, const Cut& cut, i64 c, Range images, T me
             for (i64 i = 0; i < count; i++) to[i] = fma_(from[i] - mean, scale, bias);
         });
     }
+    if (streamed) stream_done();
 }
 
 template <class T>
@@ -124,6 +128,7 @@ void write_channel_grad(T* out, const T* g, const T* x, const Cut& cut, i64 c, R
             for (i64 i = 0; i < count; i++) to[i] = (gradient[i] - fma_(from[i] - mean, slope, level)) * scale;
         });
     }
+    if (streamed) stream_done();
 }
 
 template <class T>

@@ -68,14 +68,15 @@ void over_pieces(const Table& table, const F& body) {
     });
 }
 
-// Rows of a piece, written a row at a time.
+// Rows of a piece, written a row at a time: compute(block, start of the row, first column, columns).
 template <class T, class F>
 void write_rows(T* out, const Table& table, Range rows, Range columns, bool streamed, const F& compute) {
     const i64 width = columns.end - columns.begin;
     for (i64 r = rows.begin; r < rows.end; r++) {
         const i64 first = r * table.columns + columns.begin;
-        write_run(out + first, width, streamed, [=, &compute](T* to, i64 at, i64) { compute(to, first + at); });
+        write_run(out + first, width, streamed, [=, &compute](T* to, i64 at, i64 count) { compute(to, first, at, count); });
     }
+    if (streamed) stream_done();
 }
 
 template <class T>
@@ -101,10 +102,10 @@ void column_norm(T* out, T* means, T* vars, Moments* parts, const T* x, Values<T
             centres[j] = means[c], scales[j] = T(1) / std::sqrt(vars[c] + eps) * weight[c], shifts[j] = bias[c];
         }
         const T *mean = centres, *scale = scales, *shift = shifts;
-        write_rows(out, table, rows, columns, streamed, [=](T* to, i64 at) {
-            const T* from = x + at;
+        write_rows(out, table, rows, columns, streamed, [=](T* to, i64 row, i64 first, i64 count) {
+            const T *from = x + row + first, *m = mean + first, *s = scale + first, *b = shift + first;
             BRIM_INDEPENDENT
-            for (i64 j = 0; j < width; j++) to[j] = fma_(from[j] - mean[j], scale[j], shift[j]);
+            for (i64 j = 0; j < count; j++) to[j] = fma_(from[j] - m[j], s[j], b[j]);
         });
     });
 }
@@ -150,11 +151,11 @@ void column_norm_grad(T* out, T* of_weight, T* of_bias, Slopes* parts, const T* 
             slopes[j] = T(parts[c].slope * share * double(rstd) * double(rstd));
         }
         const T *mean = centres, *scale = scales, *level = levels, *slope = slopes;
-        write_rows(out, table, rows, columns, streamed, [=](T* to, i64 at) {
-            const T *gradient = g + at, *from = x + at;
+        write_rows(out, table, rows, columns, streamed, [=](T* to, i64 row, i64 first, i64 count) {
+            const T *gradient = g + row + first, *from = x + row + first;
+            const T *m = mean + first, *s = scale + first, *l = level + first, *k = slope + first;
             BRIM_INDEPENDENT
-            for (i64 j = 0; j < width; j++)
-                to[j] = (gradient[j] - fma_(from[j] - mean[j], slope[j], level[j])) * scale[j];
+            for (i64 j = 0; j < count; j++) to[j] = (gradient[j] - fma_(from[j] - m[j], k[j], l[j])) * s[j];
         });
     });
     // Last, because the gradient of the weight may lie where the weight does.

@@ -24,11 +24,6 @@ float differences(const float* x, float top, i64 n) {
     return sum;
 }
 
-void gradient_row(float* out, const float* x, i64 n, float top, float total, float kept, float share) {
-    BRIM_INDEPENDENT
-    for (i64 j = 0; j < n; j++) out[j] = kept * (exp_below(x[j] - top - total) - share);
-}
-
 }  // namespace
 
 // losses, largest scores and logarithms of sums for each row; range[0], range[1]: the smallest and largest class given
@@ -72,14 +67,18 @@ BRIM_EXPORT void brim_cross_entropy_grad_f32(float* out, const float* g, const f
                                              i64 columns, i64 ignored, float smoothing, i64 g_step) {
     const Classes classes = {index, index_bytes == 8};
     const float share = smoothing / float(columns);
+    const bool streamed = is_streamed<float>(rows * columns, columns);
     parallel_ranges(rows, rows_per_piece(columns), [=](i64 begin, i64 end) {
         for (i64 r = begin; r < end; r++) {
             const float *from = x + r * columns, top = tops[r], total = totals[r];
-            float* to = out + r * columns;
             const i64 given = classes.of(r);
-            const float kept = given == ignored ? 0 : g[r * g_step];
-            gradient_row(to, from, columns, top, total, kept, share);
-            if (given != ignored && given >= 0 && given < columns) to[given] -= kept * (1.0f - smoothing);
+            const float kept = given == ignored ? 0 : g[r * g_step], taken = kept * (1.0f - smoothing);
+            const i64 chosen = given == ignored ? -1 : given;
+            write_run(out + r * columns, columns, streamed, [=](float* to, i64 at, i64 count) {
+                map_row(to, from + at, count, [=](auto v) { return kept * (exp_below(v - top - total) - share); });
+                if (chosen >= at && chosen < at + count) to[chosen - at] -= taken;
+            });
         }
+        if (streamed) stream_done();
     });
 }

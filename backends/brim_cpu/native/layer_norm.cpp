@@ -36,6 +36,7 @@ void layer_norm(T* out, T* means, T* vars, T* space, const T* x, const T* weight
                 for (i64 j = 0; j < count; j++) to[j] = fma_((from[j] - mean) * rstd, w[j], b[j]);
             });
         }
+        if (streamed) stream_done();
     });
 }
 
@@ -90,6 +91,7 @@ void layer_norm_grad(T* out, T* of_weight, T* of_bias, T* space, const T* g, con
                            Row<T>{mean, rstd, level, slope});
             });
         }
+        if (streamed) stream_done();
     });
     parallel_ranges(n, kTile, [=](i64 begin, i64 end) {
         fold_rows<Add<T>>(of_weight + begin, parts + begin, pieces, 2 * n, end - begin);
