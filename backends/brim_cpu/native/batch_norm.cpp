@@ -9,7 +9,7 @@ using namespace brim;
 
 namespace {
 
-constexpr i64 kFewChannels = 8, kGathered = 2048;
+constexpr i64 kFewChannels = 8, kGathered = 2048, kPageBytes = 4096;
 
 // How the work is cut, by shape alone.
 struct Cut {
@@ -28,7 +28,9 @@ template <class T>
 const T* gather(T* block, const T* x, const Cut& cut, i64 c, i64 first, i64 images) {
     const T* from = x + (first * cut.C + c) * cut.S;
     if (images == 1) {
-        prefetch(from, cut.S * i64(sizeof(T)), cut.C * cut.S * i64(sizeof(T)));  // the next image's, on other pages
+        // In long runs the processor looks ahead by itself; the next image's short one lies on another page.
+        const i64 nbytes = cut.S * i64(sizeof(T));
+        if (nbytes <= kPageBytes) prefetch(from, nbytes, cut.C * nbytes);
         return from;
     }
     for (i64 n = 0; n < images; n++, from += cut.C * cut.S)

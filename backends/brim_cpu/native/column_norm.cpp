@@ -1,6 +1,8 @@
 // Batch norm and its gradients over rows of channels side by side: (N, C) row-major and channels-last images.
 //
 // Rows are cut into pieces that the caches hold; the moments of the pieces are joined in order.
+#include <initializer_list>
+
 #include "moments.hpp"
 #include "team.hpp"
 
@@ -12,50 +14,74 @@ constexpr i64 kPieceElements = 32 * 1024, kBlockRows = 32;
 
 struct Table {
     i64 rows, columns;
-    i64 step() const { return kPieceElements / columns < 16 ? 16 : kPieceElements / columns; }
+    // Short rows are worked on several at a time, as one row: loops of few numbers cost more than what they compute.
+    i64 together() const { return columns > kTile / 4 ? 1 : kTile / 2 / columns; }
+    i64 step() const { return kPieceElements / columns < 16 ? 16 : kPieceElements / columns / together() * together(); }
     i64 pieces() const { return ceil_div(rows, step()); }
     i64 tiles() const { return ceil_div(columns, kTile); }
 };
 
-// terms(sums, r) adds the terms of row r to `Results` rows of sums; blocks of rows are added up in T, these in double.
+// body(first number, how many) for the rows of a piece; where several rows are one, its columns repeat.
+template <class F>
+void over_rows(const Table& table, Range rows, Range columns, const F& body) {
+    const i64 width = columns.end - columns.begin, together = table.together();
+    i64 r = rows.begin;
+    for (; r + together <= rows.end; r += together) body(r * table.columns + columns.begin, together * width);
+    for (; r < rows.end; r++) body(r * table.columns + columns.begin, width);
+}
+
+// Repeats the first `width` numbers for rows that are worked on together.
+template <class T>
+void repeat(T* values, i64 width, const Table& table) {
+    for (i64 j = width; j < table.together() * width; j++) values[j] = values[j - width];
+}
+
+// terms(sums, first, count) adds the terms of numbers side by side to `Results` rows of sums, which are added up in T
+// for some rows at a time, then in double.
 template <int Results, class T, class F>
-void add_rows(double (&totals)[Results][kTile], i64 width, Range rows, const F& terms) {
+void add_rows(double (&totals)[Results][kTile], const Table& table, Range rows, Range columns, const F& terms) {
+    const i64 width = columns.end - columns.begin, all = table.together() * width;
     T sums[Results][kTile];
+    i64 added = 0;
     for (int k = 0; k < Results; k++)
-        for (i64 j = 0; j < width; j++) totals[k][j] = 0;
-    for (i64 begin = rows.begin; begin < rows.end; begin += kBlockRows) {
-        const i64 end = begin + kBlockRows < rows.end ? begin + kBlockRows : rows.end;
+        for (i64 j = 0; j < all; j++) totals[k][j] = 0, sums[k][j] = 0;
+    const auto carry = [&] {
         for (int k = 0; k < Results; k++)
-            for (i64 j = 0; j < width; j++) sums[k][j] = 0;
-        for (i64 r = begin; r < end; r++) terms(sums, r);
-        for (int k = 0; k < Results; k++)
-            for (i64 j = 0; j < width; j++) totals[k][j] += double(sums[k][j]);
-    }
+            for (i64 j = 0; j < all; j++) totals[k][j] += double(sums[k][j]), sums[k][j] = 0;
+        added = 0;
+    };
+    over_rows(table, rows, columns, [&](i64 first, i64 count) {
+        terms(sums, first, count);
+        if (++added == kBlockRows) carry();
+    });
+    carry();
+    for (int k = 0; k < Results; k++)
+        for (i64 j = width; j < all; j++) totals[k][j % width] += totals[k][j];
 }
 
 template <class T>
 void piece_moments(Moments* parts, const T* x, const Table& table, Range rows, Range columns) {
     const i64 width = columns.end - columns.begin;
-    const double count = double(rows.end - rows.begin);
-    const T* from = x + columns.begin;
+    const double numbers = double(rows.end - rows.begin);
     double totals[1][kTile], both[2][kTile];
-    add_rows<1, T>(totals, width, rows, [=](T(&sums)[1][kTile], i64 r) {
-        const T* row = from + r * table.columns;
-        for (i64 j = 0; j < width; j++) sums[0][j] += row[j];
+    add_rows<1, T>(totals, table, rows, columns, [=](T(&sums)[1][kTile], i64 first, i64 count) {
+        const T* from = x + first;
+        for (i64 j = 0; j < count; j++) sums[0][j] += from[j];
     });
     T means[kTile];
-    for (i64 j = 0; j < width; j++) means[j] = T(totals[0][j] / count);
+    for (i64 j = 0; j < width; j++) means[j] = T(totals[0][j] / numbers);
+    repeat(means, width, table);
     const T* mean = means;
-    add_rows<2, T>(both, width, rows, [=](T(&sums)[2][kTile], i64 r) {
-        const T* row = from + r * table.columns;
+    add_rows<2, T>(both, table, rows, columns, [=](T(&sums)[2][kTile], i64 first, i64 count) {
+        const T* from = x + first;
         BRIM_INDEPENDENT
-        for (i64 j = 0; j < width; j++) {
-            const T apart = row[j] - mean[j];
+        for (i64 j = 0; j < count; j++) {
+            const T apart = from[j] - mean[j];
             sums[0][j] += apart;
             sums[1][j] += apart * apart;
         }
     });
-    for (i64 j = 0; j < width; j++) parts[columns.begin + j] = corrected(means[j], both[0][j], both[1][j], count);
+    for (i64 j = 0; j < width; j++) parts[columns.begin + j] = corrected(means[j], both[0][j], both[1][j], numbers);
 }
 
 // body(rows, columns, number of the piece of rows) for all pieces and tiles
@@ -68,14 +94,12 @@ void over_pieces(const Table& table, const F& body) {
     });
 }
 
-// Rows of a piece, written a row at a time: compute(block, start of the row, first column, columns).
+// The rows of a piece: compute(block, first number, first column, count).
 template <class T, class F>
 void write_rows(T* out, const Table& table, Range rows, Range columns, bool streamed, const F& compute) {
-    const i64 width = columns.end - columns.begin;
-    for (i64 r = rows.begin; r < rows.end; r++) {
-        const i64 first = r * table.columns + columns.begin;
-        write_run(out + first, width, streamed, [=, &compute](T* to, i64 at, i64 count) { compute(to, first, at, count); });
-    }
+    over_rows(table, rows, columns, [&](i64 first, i64 all) {
+        write_run(out + first, all, streamed, [&](T* to, i64 at, i64 count) { compute(to, first + at, at, count); });
+    });
     if (streamed) stream_done();
 }
 
@@ -101,9 +125,10 @@ void column_norm(T* out, T* means, T* vars, Moments* parts, const T* x, Values<T
             const i64 c = columns.begin + j;
             centres[j] = means[c], scales[j] = T(1) / std::sqrt(vars[c] + eps) * weight[c], shifts[j] = bias[c];
         }
+        for (T* values : {centres, scales, shifts}) repeat(values, width, table);
         const T *mean = centres, *scale = scales, *shift = shifts;
-        write_rows(out, table, rows, columns, streamed, [=](T* to, i64 row, i64 first, i64 count) {
-            const T *from = x + row + first, *m = mean + first, *s = scale + first, *b = shift + first;
+        write_rows(out, table, rows, columns, streamed, [=](T* to, i64 first, i64 column, i64 count) {
+            const T *from = x + first, *m = mean + column, *s = scale + column, *b = shift + column;
             BRIM_INDEPENDENT
             for (i64 j = 0; j < count; j++) to[j] = fma_(from[j] - m[j], s[j], b[j]);
         });
@@ -121,12 +146,15 @@ void column_norm_grad(T* out, T* of_weight, T* of_bias, Slopes* parts, const T* 
     const double share = 1.0 / double(table.rows);
     over_pieces(table, [=](Range rows, Range columns, i64 piece) {
         const i64 width = columns.end - columns.begin;
-        const T* mean = means + columns.begin;
         double totals[2][kTile];
-        add_rows<2, T>(totals, width, rows, [=](T(&sums)[2][kTile], i64 r) {
-            const T *gradient = g + r * table.columns + columns.begin, *from = x + r * table.columns + columns.begin;
+        T centres[kTile];
+        for (i64 j = 0; j < width; j++) centres[j] = means[columns.begin + j];
+        repeat(centres, width, table);
+        const T* mean = centres;
+        add_rows<2, T>(totals, table, rows, columns, [=](T(&sums)[2][kTile], i64 first, i64 count) {
+            const T *gradient = g + first, *from = x + first;
             BRIM_INDEPENDENT
-            for (i64 j = 0; j < width; j++) {
+            for (i64 j = 0; j < count; j++) {
                 sums[0][j] += gradient[j];
                 sums[1][j] += gradient[j] * (from[j] - mean[j]);
             }
@@ -150,10 +178,11 @@ void column_norm_grad(T* out, T* of_weight, T* of_bias, Slopes* parts, const T* 
             centres[j] = means[c], scales[j] = rstd * weight[c], levels[j] = T(parts[c].level * share);
             slopes[j] = T(parts[c].slope * share * double(rstd) * double(rstd));
         }
+        for (T* values : {centres, scales, levels, slopes}) repeat(values, width, table);
         const T *mean = centres, *scale = scales, *level = levels, *slope = slopes;
-        write_rows(out, table, rows, columns, streamed, [=](T* to, i64 row, i64 first, i64 count) {
-            const T *gradient = g + row + first, *from = x + row + first;
-            const T *m = mean + first, *s = scale + first, *l = level + first, *k = slope + first;
+        write_rows(out, table, rows, columns, streamed, [=](T* to, i64 first, i64 column, i64 count) {
+            const T *gradient = g + first, *from = x + first;
+            const T *m = mean + column, *s = scale + column, *l = level + column, *k = slope + column;
             BRIM_INDEPENDENT
             for (i64 j = 0; j < count; j++) to[j] = (gradient[j] - fma_(from[j] - m[j], k[j], l[j])) * s[j];
         });

@@ -95,36 +95,12 @@ void many_blocks(u32* out, const Draw& draw, u64 block) {
 
 #else
 
-// High 64 bits of a * b from products of 32-bit halves, which processors multiply many at a time.
-inline u64 high_product(u64 a, u64 b) {
-    const u64 a0 = u32(a), a1 = a >> 32, b0 = u32(b), b1 = b >> 32;
-    const u64 low = a0 * b0, left = a1 * b0, right = a0 * b1, high = a1 * b1;
-    const u64 middle = (low >> 32) + u32(left) + right;  // at most 2^64 - 1
-    return high + (left >> 32) + (middle >> 32);
-}
-
+// Processors multiply 64-bit words at about one a cycle: faster than eight or sixteen 32-bit products in a vector's place.
 void many_blocks(u32* out, const Draw& draw, u64 block) {
-    constexpr int side_by_side = 16;
-    for (int done = 0; done < kBlocksAtOnce; done += side_by_side, out += side_by_side * kDrawsPerBlock) {
-        u64 c0[side_by_side], c1[side_by_side], c2[side_by_side], c3[side_by_side];
-        for (int i = 0; i < side_by_side; i++) {
-            const u64 number = block + u64(done + i) + 1, second = high_product(number, kFactor0) ^ draw.key1[0];
-            c0[i] = high_product(second, kFactor2) ^ draw.whole0, c1[i] = second * kFactor2;
-            c2[i] = (number * kFactor0) ^ draw.whole2, c3[i] = draw.c3;
-        }
-        for (int round = 2; round < kRounds; round++) {
-            for (int i = 0; i < side_by_side; i++) {
-                const u64 low0 = c0[i] * kFactor0, high0 = high_product(c0[i], kFactor0);
-                const u64 low2 = c2[i] * kFactor2, high2 = high_product(c2[i], kFactor2);
-                c0[i] = high2 ^ c1[i] ^ draw.key0[round], c2[i] = high0 ^ c3[i] ^ draw.key1[round];
-                c1[i] = low2, c3[i] = low0;
-            }
-        }
-        // Each word gives two halves, the low one first.
-        for (int i = 0; i < side_by_side; i++) {
-            const u64 words[4] = {c0[i], c1[i], c2[i], c3[i]};
-            for (int w = 0; w < 4; w++) out[8 * i + 2 * w] = u32(words[w]), out[8 * i + 2 * w + 1] = u32(words[w] >> 32);
-        }
+    for (i64 at = 0; at < kWordsAtOnce; at += kDrawsPerBlock) {
+        u64 words[4];
+        one_block(words, draw, block + u64(at / kDrawsPerBlock));
+        for (int i = 0; i < kDrawsPerBlock; i++) out[at + i] = u32(words[i / 2] >> (32 * (i % 2)));  // the low half first
     }
 }
 
