@@ -53,7 +53,7 @@ Moments channel_moments(const T* x, const Cut& cut, i64 c, Range images) {
 
 template <class T>
 void write_channel(T* out, const T* x, const Cut& cut, i64 c, Range images, T mean, T scale, T bias, bool streamed) {
-    for (i64 n = images.begin; n < images.end; n++) {
+    for (i64 n = images.end - 1; n >= images.begin; n--) {  // what was read last is in the caches still
         const i64 at = (n * cut.C + c) * cut.S;
         write_run(out + at, cut.S, streamed, [=](T* to, i64 begin, i64 count) {
             const T* from = x + at + begin;
@@ -122,7 +122,7 @@ Slopes channel_slopes(const T* g, const T* x, const Cut& cut, i64 c, Range image
 template <class T>
 void write_channel_grad(T* out, const T* g, const T* x, const Cut& cut, i64 c, Range images, T mean, T scale, T level,
                         T slope, bool streamed) {
-    for (i64 n = images.begin; n < images.end; n++) {
+    for (i64 n = images.end - 1; n >= images.begin; n--) {  // what was read last is in the caches still
         const i64 at = (n * cut.C + c) * cut.S;
         write_run(out + at, cut.S, streamed, [=](T* to, i64 begin, i64 count) {
             const T *gradient = g + at + begin, *from = x + at + begin;
