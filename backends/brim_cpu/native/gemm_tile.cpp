@@ -57,7 +57,9 @@ void kernel(i64 depth, const T* a, i64 down, i64 along, const T* b, i64 next, T*
     using V = typename Wide<T>::Vector;
     constexpr int lanes = Wide<T>::lanes;
     V sum[R][kVectors];
+#pragma GCC unroll 16
     for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++) sum[i][v] = V{};
     for (i64 k = 0; k < depth; k++) {
         V row[kVectors];
@@ -69,7 +71,9 @@ void kernel(i64 depth, const T* a, i64 down, i64 along, const T* b, i64 next, T*
             for (int v = 0; v < kVectors; v++) sum[i][v] = multiply_add(row[v], x, sum[i][v]);
         }
     }
+#pragma GCC unroll 16
     for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++) {
             T* at = c + i * ldc + v * lanes;
             store(at, add ? load(at) + sum[i][v] : sum[i][v]);
