@@ -57,12 +57,21 @@ constexpr bool kOwnIsFaster = false;
 
 bool own_kernels() { return kOwnIsFaster || sgemm == nullptr; }
 
+// Packing B costs its transposing, which repays itself with many rows; dot products cost the summing of lanes at their
+// ends, which repays itself with long rows.
+bool few_rows(const Product& p) {
+    if (!p.b_transposed) return p.m <= kFewRows;
+    return !p.a_transposed && (p.m <= kFewRows || (kOwnIsFaster && p.m <= kDotRows && p.m * 8 <= p.k));
+}
+
 void gemm(const Product& p, i64 m, i64 n, const float* a, const float* b, float* c) {
+    if (few_rows(p)) return gemm_few(p, m, n, a, b, c);
     if (own_kernels()) return gemm_tile(p, m, n, a, b, c);
     sgemm(101, p.a_transposed ? 112 : 111, p.b_transposed ? 112 : 111, m, n, p.k, 1, a, p.lda, b, p.ldb, 0, c, p.ldc);
 }
 
 void gemm(const Product& p, i64 m, i64 n, const double* a, const double* b, double* c) {
+    if (few_rows(p)) return gemm_few(p, m, n, a, b, c);
     if (own_kernels()) return gemm_tile(p, m, n, a, b, c);
     dgemm(101, p.a_transposed ? 112 : 111, p.b_transposed ? 112 : 111, m, n, p.k, 1, a, p.lda, b, p.ldb, 0, c, p.ldc);
 }

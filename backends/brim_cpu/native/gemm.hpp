@@ -14,9 +14,16 @@ struct Product {
     i64 batch, batch_shape[kMaxBatchDims], a_step[kMaxBatchDims], b_step[kMaxBatchDims], c_step[kMaxBatchDims];
 };
 
+// Up to so many rows B is read where it lies (gemm_few.cpp).
+constexpr i64 kFewRows = 4, kDotRows = 64;
+
 // c[m, n] = a[m, k] b[k, n] for a tile of m rows and n columns; the operands may be stored transposed. Every element is
 // summed in the same order, whatever the tile.
 void gemm_tile(const Product& p, i64 m, i64 n, const float* a, const float* b, float* c);
 void gemm_tile(const Product& p, i64 m, i64 n, const double* a, const double* b, double* c);
+
+// The same for products of few rows. With B stored transposed, A must not be.
+void gemm_few(const Product& p, i64 m, i64 n, const float* a, const float* b, float* c);
+void gemm_few(const Product& p, i64 m, i64 n, const double* a, const double* b, double* c);
 
 }  // namespace brim

@@ -1,19 +1,17 @@
 // brim's own matrix kernels: a register tile of MR rows and NR columns, over B packed in panels of NR columns that stay
 // in the second-level cache, and A read in place or, where its rows would fall upon the same cache lines, packed too.
 #include "gemm.hpp"
-#include <type_traits>
-
-#include "simd.hpp"
+#include "gemm_vectors.hpp"
 
 namespace brim {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kRows = 12, kVectors = 2;
+constexpr int kRows = 12, kVectors = 2;
 #elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kRows = 6, kVectors = 2;
+constexpr int kRows = 6, kVectors = 2;
 #else
-constexpr int kVectorBytes = 16, kRows = 4, kVectors = 2;
+constexpr int kRows = 4, kVectors = 2;
 #endif
 
 constexpr i64 kDepth = 256;                  // of one pass over k, at most
@@ -21,35 +19,7 @@ constexpr i64 kPackedBytes = 256 * 1024;     // of B, on the thread's stack
 constexpr i64 kUnpackedRows = 2 * kRows;     // so few rows do not repay the packing of B
 
 template <class T>
-struct Wide {
-    typedef T Vector __attribute__((vector_size(kVectorBytes)));
-    typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
-    static constexpr int lanes = kVectorBytes / int(sizeof(T));
-    static constexpr int columns = lanes * kVectors;
-};
-
-template <class T>
-inline typename Wide<T>::Vector load(const T* from) {
-    return *reinterpret_cast<const typename Wide<T>::Unaligned*>(from);
-}
-
-template <class T>
-inline void store(T* to, typename Wide<T>::Vector v) {
-    *reinterpret_cast<typename Wide<T>::Unaligned*>(to) = v;
-}
-
-template <class V, class T>
-inline V multiply_add(V a, T b, V c) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) return (V)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(b), (__m512)c);
-    else return (V)_mm512_fmadd_pd((__m512d)a, _mm512_set1_pd(b), (__m512d)c);
-#elif defined(__AVX__) && defined(__FMA__)
-    if constexpr (sizeof(T) == 4) return (V)_mm256_fmadd_ps((__m256)a, _mm256_set1_ps(b), (__m256)c);
-    else return (V)_mm256_fmadd_pd((__m256d)a, _mm256_set1_pd(b), (__m256d)c);
-#else
-    return c + a * b;
-#endif
-}
+constexpr i64 kWidth = Wide<T>::lanes * kVectors;  // of a panel
 
 // c (+)= a b for R rows and NR columns; element (i, k) of a lies at a[i * down + k * along], row k of b at b[k * next].
 template <class T, int R>
@@ -66,9 +36,9 @@ void kernel(i64 depth, const T* a, i64 down, i64 along, const T* b, i64 next, T*
         for (int v = 0; v < kVectors; v++) row[v] = load(b + k * next + v * lanes);
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++) {
-            const T x = a[i * down + k * along];
+            const V x = all_lanes(a[i * down + k * along]);
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; v++) sum[i][v] = multiply_add(row[v], x, sum[i][v]);
+            for (int v = 0; v < kVectors; v++) sum[i][v] = multiply_add<T>(row[v], x, sum[i][v]);
         }
     }
 #pragma GCC unroll 16
@@ -99,68 +69,30 @@ KernelFn<T> kernel_of(i64 rows) {
 #endif
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
-constexpr bool kTransposesInRegisters = true;
-
-// r[k][j] = r[j][k]: pairs of rows exchange blocks of 1, 2, 4, ... lanes.
-template <class T>
-inline void transpose(typename Wide<T>::Vector* r) {
-    constexpr int lanes = Wide<T>::lanes;
-    using Whole = std::conditional_t<sizeof(T) == 4, i32, i64>;
-    typedef Whole Mask __attribute__((vector_size(kVectorBytes)));
-#pragma GCC unroll 4
-    for (int d = 1; d < lanes; d *= 2) {
-        Mask low, high;
-#pragma GCC unroll 16
-        for (int e = 0; e < lanes; e++) low[e] = e & d ? lanes + e - d : e, high[e] = e & d ? lanes + e : e + d;
-#pragma GCC unroll 16
-        for (int j = 0; j < lanes; j++) {
-            if (j & d) continue;
-            const typename Wide<T>::Vector x = r[j], y = r[j + d];
-            r[j] = __builtin_shuffle(x, y, low);
-            r[j + d] = __builtin_shuffle(x, y, high);
-        }
-    }
-}
-#else
-constexpr bool kTransposesInRegisters = false;
-
-template <class T>
-inline void transpose(typename Wide<T>::Vector*) {}
-#endif
-
-// to[k * stride + j] = from[j * leading + k] for j < rows and as many k as a vector has lanes. Where rows are fewer, a
-// whole vector is stored all the same: `to` has room behind its end, and the next k overwrites what is too much.
+// to[k * stride + j] = from[j * leading + k] for j < `rows` and as many k as a vector has lanes; where there are fewer
+// than `rows`, the last one stands for the others. A whole vector is stored for each k all the same: `to` has room behind
+// its end, and the next k overwrites what is too much.
 template <class T, int rows>
-inline void transpose_block(T* to, i64 stride, const T* from, i64 leading) {
+inline void transpose_block(T* to, i64 stride, const T* from, i64 leading, i64 there = rows) {
     constexpr int lanes = Wide<T>::lanes;
-    if constexpr (kTransposesInRegisters && rows <= lanes) {
+    if constexpr (kShuffles && rows <= lanes) {
         typename Wide<T>::Vector r[lanes];
 #pragma GCC unroll 16
-        for (int j = 0; j < lanes; j++) r[j] = j < rows ? load(from + j * leading) : typename Wide<T>::Vector{};
+        for (int j = 0; j < lanes; j++)
+            r[j] = j < rows ? load(from + (j < there ? j : there - 1) * leading) : typename Wide<T>::Vector{};
         transpose<T>(r);
 #pragma GCC unroll 16
         for (int k = 0; k < lanes; k++) store(to + k * stride, r[k]);
     } else {
-        for (int j = 0; j < rows; j++)
+        for (int j = 0; j < (there < rows ? int(there) : rows); j++)
             for (int k = 0; k < lanes; k++) to[k * stride + j] = from[j * leading + k];
     }
 }
 
-// One panel of B: depth rows of NR columns, of which `columns` exist and the others are zero.
+// One panel of B, stored transposed: depth rows of NR columns, of which `columns` exist and the others are zero.
 template <class T>
-void pack_panel(T* to, const T* b, i64 ldb, bool transposed, i64 depth, i64 columns) {
-    constexpr int lanes = Wide<T>::lanes, width = Wide<T>::columns;
-    if (!transposed) {
-        if (columns == width) {
-            for (i64 k = 0; k < depth; k++)
-                for (int v = 0; v < kVectors; v++) store(to + k * width + v * lanes, load(b + k * ldb + v * lanes));
-            return;
-        }
-        for (i64 k = 0; k < depth; k++)
-            for (i64 j = 0; j < width; j++) to[k * width + j] = j < columns ? b[k * ldb + j] : T(0);
-        return;
-    }
+void pack_transposed(T* to, const T* b, i64 ldb, i64 depth, i64 columns) {
+    constexpr int lanes = Wide<T>::lanes, width = kWidth<T>;
     i64 j = 0;
     for (; j + lanes <= columns; j += lanes) {
         i64 k = 0;
@@ -172,7 +104,28 @@ void pack_panel(T* to, const T* b, i64 ldb, bool transposed, i64 depth, i64 colu
         for (i64 k = 0; k < depth; k++) to[k * width + j] = j < columns ? b[j * ldb + k] : T(0);
 }
 
-// kRows rows of A, k by k.
+// All panels of B, stored as it is: row by row, because that is how memory is read fastest. Panel j begins at
+// to[j * panel].
+template <class T>
+void pack_plain(T* to, i64 panel, const T* b, i64 ldb, i64 depth, i64 columns) {
+    constexpr i64 lanes = Wide<T>::lanes, width = kWidth<T>;
+    const i64 full = columns / width, rest = columns % width;
+    for (i64 k = 0; k < depth; k++) {
+        const T* row = b + k * ldb;
+        for (i64 j = 0; j < full; j++)
+            for (int v = 0; v < kVectors; v++)
+                store(to + j * panel + k * width + v * lanes, load(row + j * width + v * lanes));
+        if (rest == 0) continue;
+        for (int v = 0; v < kVectors; v++) {
+            const i64 have = rest - v * lanes;
+            store(to + full * panel + k * width + v * lanes,
+                  have >= lanes ? load(row + full * width + v * lanes)
+                                : load_part(row + full * width + v * lanes, have > 0 ? have : 0));
+        }
+    }
+}
+
+// Up to kRows rows of A, k by k; kRows numbers for each k in any case.
 template <class T>
 void pack_rows(T* to, const T* a, i64 lda, bool transposed, i64 depth, i64 rows) {
     constexpr i64 lanes = Wide<T>::lanes;
@@ -185,39 +138,56 @@ void pack_rows(T* to, const T* a, i64 lda, bool transposed, i64 depth, i64 rows)
         return;
     }
     i64 k = 0;
-    if (rows == kRows)
-        for (; k + lanes <= depth; k += lanes) transpose_block<T, kRows>(to + k * kRows, kRows, a + k, lda);
+    for (; k + lanes <= depth; k += lanes) transpose_block<T, kRows>(to + k * kRows, kRows, a + k, lda, rows);
     for (; k < depth; k++)
         for (i64 i = 0; i < rows; i++) to[k * kRows + i] = a[i * lda + k];
 }
 
+// Asks for a part of a block of memory: `rows` rows of `row` elements at a distance of `step`.
+template <class T>
+inline void prefetch_part(const T* from, i64 rows, i64 row, i64 step, i64 part, i64 parts) {
+    constexpr i64 line = 64 / i64(sizeof(T));
+    const i64 lines = ceil_div(row, line), share = ceil_div(rows * lines, parts);
+    const i64 end = (part + 1) * share < rows * lines ? (part + 1) * share : rows * lines;
+    if (part * share >= end) return;
+    i64 r = part * share / lines, q = part * share % lines;
+    for (i64 at = part * share; at < end; at++) {
+        __builtin_prefetch(from + r * step + q * line, 0, 2);
+        if (++q == lines) q = 0, r++;
+    }
+}
+
 template <class T>
 void tile(const Product& p, i64 m, i64 n, const T* a, const T* b, T* c) {
-    constexpr i64 width = Wide<T>::columns;
+    constexpr i64 width = kWidth<T>;
     constexpr i64 room = kPackedBytes / i64(sizeof(T));
     alignas(64) T packed_b[room];
     alignas(64) T packed_a[kRows * kDepth + Wide<T>::lanes];
     alignas(64) T corner[kRows * width];
     const i64 passes = ceil_div(p.k, kDepth), depth_most = ceil_div(p.k, passes);
-    const i64 panels_most = room / (width * depth_most);
+    const i64 panels_most = room / (width * depth_most), panel = width * depth_most;
     // Rows at a distance of whole kilobytes meet in the same sets of the first-level cache.
     const bool pack_a = p.a_transposed || (p.lda * i64(sizeof(T))) % 2048 == 0;
+    const bool in_place = !p.b_transposed && (m <= kUnpackedRows);
     for (i64 first = 0; first < n; first += panels_most * width) {
         const i64 columns = n - first < panels_most * width ? n - first : panels_most * width;
-        const i64 panels = ceil_div(columns, width);
+        const i64 panels = ceil_div(columns, width), full = columns / width;
         for (i64 k = 0; k < p.k; k += depth_most) {
             const i64 depth = p.k - k < depth_most ? p.k - k : depth_most;
             const bool add = k > 0;
-            const bool in_place = !p.b_transposed && m <= kUnpackedRows;
-            for (i64 j = 0; j < panels; j++) {
-                const i64 left = columns - j * width, have = left < width ? left : width, at = first + j * width;
-                if (in_place && have == width) continue;
-                pack_panel(packed_b + j * width * depth_most, p.b_transposed ? b + at * p.ldb + k : b + k * p.ldb + at, p.ldb,
-                           p.b_transposed != 0, depth, have);
-            }
+            if (p.b_transposed)
+                for (i64 j = 0; j < panels; j++)
+                    pack_transposed(packed_b + j * panel, b + (first + j * width) * p.ldb + k, p.ldb, depth,
+                                    j < full ? width : columns % width);
+            else if (!in_place)
+                pack_plain(packed_b, panel, b + k * p.ldb + first, p.ldb, depth, columns);
+            else if (full < panels)
+                pack_plain(packed_b + full * panel, panel, b + k * p.ldb + first + full * width, p.ldb, depth,
+                           columns % width);
             for (i64 i = 0; i < m; i += kRows) {
-                const i64 rows = m - i < kRows ? m - i : i64(kRows);
+                const i64 rows = m - i < kRows ? m - i : i64(kRows), later = m - i - rows;
                 const T* left = p.a_transposed ? a + k * p.lda + i : a + i * p.lda + k;
+                const T* next_left = left + kRows * (p.a_transposed ? 1 : p.lda);
                 i64 down = p.lda, along = 1;
                 if (pack_a) {
                     pack_rows(packed_a, left, p.lda, p.a_transposed != 0, depth, rows);
@@ -225,12 +195,18 @@ void tile(const Product& p, i64 m, i64 n, const T* a, const T* b, T* c) {
                 }
                 const KernelFn<T> run = kernel_of<T>(rows);
                 for (i64 j = 0; j < panels; j++) {
-                    const i64 missing = columns - j * width, have = missing < width ? missing : width;
-                    const i64 at = first + j * width;
-                    const bool direct = in_place && have == width;
-                    const T* right = direct ? b + k * p.ldb + at : packed_b + j * width * depth_most;
+                    const i64 at = first + j * width, have = j < full ? width : columns % width;
+                    const bool direct = in_place && j < full;
+                    const T* right = direct ? b + k * p.ldb + at : packed_b + j * panel;
                     const i64 next = direct ? p.ldb : width;
                     T* to = c + i * p.ldc + at;
+                    if (later > 0) {
+                        const i64 rows_next = later < kRows ? later : i64(kRows);
+                        if (p.a_transposed)
+                            prefetch_part(next_left, depth, rows_next, p.lda, j, panels);
+                        else
+                            prefetch_part(next_left, rows_next, depth, p.lda, j, panels);
+                    }
                     if (have == width) {
                         run(depth, left, down, along, right, next, to, p.ldc, add);
                         continue;
