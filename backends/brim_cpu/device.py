@@ -108,6 +108,14 @@ class CpuBackend:
         """Calls of native kernels that follow each other, joined."""
         return native.chained(calls)
 
+    def joins_epilogue(
+        self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
+    ) -> bool:
+        """Whether a product and the formula after it are one native call."""
+        if "tf32" in params:
+            params = {k: v for k, v in params.items() if k != "tf32"}
+        return op.name in EPILOGUES and bind_native(op.name, ins, outs, params) is not None
+
     def native_status(self) -> str:
         """One line: which native library runs, or why none."""
         return native.status()

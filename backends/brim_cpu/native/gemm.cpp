@@ -3,7 +3,7 @@
 //
 // The tiles depend on the shapes alone, so the result does not depend on the number of threads. While the team is at
 // work OpenBLAS is held to one thread; before and after, its own threads serve NumPy as the user set them.
-#include "gemm.hpp"
+#include "gemm_epilogue.hpp"
 
 #include <pthread.h>
 
@@ -77,33 +77,43 @@ void gemm(const Product& p, i64 m, i64 n, const double* a, const double* b, doub
 }
 
 template <class T>
-void tile(const Product& p, T* c, const T* a, const T* b, i64 which_product, i64 which_tile) {
+void tile(const Product& p, T* c, const T* a, const T* b, i64 which_product, i64 which_tile, const Epilogue* epilogue) {
+    i64 place[kMaxBatchDims];
     for (i64 axis = kMaxBatchDims - 1; axis >= 0; axis--) {
         const i64 dim = p.batch_shape[axis], at = which_product % dim;
         which_product /= dim;
+        place[axis] = at;
         a += at * p.a_step[axis], b += at * p.b_step[axis], c += at * p.c_step[axis];
     }
     const i64 across = ceil_div(p.n, p.tile_n);
     const Range rows = piece_of(p.m, p.tile_m, which_tile / across), columns = piece_of(p.n, p.tile_n, which_tile % across);
     gemm(p, rows.end - rows.begin, columns.end - columns.begin, a + rows.begin * (p.a_transposed ? 1 : p.lda),
          b + columns.begin * (p.b_transposed ? p.ldb : 1), c + rows.begin * p.ldc + columns.begin);
+    if (epilogue != nullptr) epilogue->run(place, rows, columns);
 }
 
 template <class T>
-void all_tiles(T* c, const T* a, const T* b, const Product& p) {
+void all_tiles(T* c, const T* a, const T* b, const Product& p, const Epilogue* epilogue) {
     const i64 tiles = ceil_div(p.m, p.tile_m) * ceil_div(p.n, p.tile_n);
     const i64 total = p.batch * tiles;
     parallel(ceil_div(total, p.per_piece), [&](i64 piece) {
         const Range range = piece_of(total, p.per_piece, piece);
-        for (i64 at = range.begin; at < range.end; at++) tile(p, c, a, b, at / tiles, at % tiles);
+        for (i64 at = range.begin; at < range.end; at++) tile(p, c, a, b, at / tiles, at % tiles, epilogue);
     });
 }
 
 template <class T>
-void product(T* c, const T* a, const T* b, const Product& p) {
-    if (own_kernels()) return all_tiles(c, a, b, p);
+void product(T* c, const T* a, const T* b, const i64* plan, const Epilogue* epilogue = nullptr) {
+    const Product& p = *reinterpret_cast<const Product*>(plan);
+    if (own_kernels()) return all_tiles(c, a, b, p, epilogue);
     OneBlasThread held;
-    all_tiles(c, a, b, p);
+    all_tiles(c, a, b, p, epilogue);
+}
+
+Epilogue epilogue_of(const i64* counts, const i64* operands, const i64* lines, const i64* constants, void* const* bases) {
+    return {reinterpret_cast<const Epilogue::Counts*>(counts), reinterpret_cast<const Epilogue::Operand*>(operands),
+            reinterpret_cast<const Epilogue::Line*>(lines), reinterpret_cast<const Epilogue::Constant*>(constants),
+            reinterpret_cast<char* const*>(bases)};
 }
 
 }  // namespace
@@ -119,10 +129,19 @@ BRIM_EXPORT void brim_set_blas(void* s, void* d, void* set_threads, void* get_th
 // Whether products are computed by brim's own kernels: decides how large tiles should be.
 BRIM_EXPORT void brim_gemm_is_own(i64* answer) { *answer = own_kernels(); }
 
-BRIM_EXPORT void brim_gemm_f32(float* c, const float* a, const float* b, const i64* plan) {
-    product(c, a, b, *reinterpret_cast<const Product*>(plan));
+BRIM_EXPORT void brim_gemm_f32(float* c, const float* a, const float* b, const i64* plan) { product(c, a, b, plan); }
+
+BRIM_EXPORT void brim_gemm_f64(double* c, const double* a, const double* b, const i64* plan) { product(c, a, b, plan); }
+
+// The same with what follows: see Epilogue.
+BRIM_EXPORT void brim_gemm_epilogue_f32(float* c, const float* a, const float* b, const i64* plan, const i64* counts,
+                                        const i64* operands, const i64* lines, const i64* constants, void* const* bases) {
+    const Epilogue epilogue = epilogue_of(counts, operands, lines, constants, bases);
+    product(c, a, b, plan, &epilogue);
 }
 
-BRIM_EXPORT void brim_gemm_f64(double* c, const double* a, const double* b, const i64* plan) {
-    product(c, a, b, *reinterpret_cast<const Product*>(plan));
+BRIM_EXPORT void brim_gemm_epilogue_f64(double* c, const double* a, const double* b, const i64* plan, const i64* counts,
+                                        const i64* operands, const i64* lines, const i64* constants, void* const* bases) {
+    const Epilogue epilogue = epilogue_of(counts, operands, lines, constants, bases);
+    product(c, a, b, plan, &epilogue);
 }

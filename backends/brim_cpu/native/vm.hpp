@@ -19,6 +19,12 @@ extern const Instruction kWholeInstructions[];
 extern const Instruction kCastInstructions[];
 extern const Instruction kMathInstructions[];
 
+// The instruction with a code: the number of its table above the 16 lowest bits, its place there in them.
+inline BlockFn instruction_of(i64 code) {
+    const Instruction* const tables[] = {kFloatInstructions, kWholeInstructions, kCastInstructions, kMathInstructions};
+    return tables[code >> 16][code & 0xffff].run;
+}
+
 template <class F, class R, class T>
 void unary(void* d_, const void* a_, const void*, const void*, i64 n) {
     R* d = static_cast<R*>(d_);

@@ -12,7 +12,7 @@ from brim.spec import Spec
 from brim_cpu import native, openblas
 from brim_cpu.overlay import NativeKernel, overlay
 
-__all__ = ["product_plan"]
+__all__ = ["BATCH_DIMS", "Plan", "product_plan", "tell_blas"]
 
 Array = np.ndarray[Any, Any]
 
@@ -21,7 +21,7 @@ _GEMM = {
     np.dtype("float32"): native.Function("brim_gemm_f32", "pppp"),
     np.dtype("float64"): native.Function("brim_gemm_f64", "pppp"),
 }
-_BATCH_DIMS = 4
+BATCH_DIMS = 4
 
 PIECE_OPERATIONS = 4 << 20
 """Multiplications and additions of a piece, at least: below, another thread is not worth its waking."""
@@ -30,7 +30,7 @@ TILE_OPERATIONS = 128 << 20
 
 
 @functools.cache
-def _tell_blas() -> None:
+def tell_blas() -> None:
     """Give the native library NumPy's OpenBLAS, where there is one; without it all products are brim's own."""
     found = openblas.find()
     if found is not None:
@@ -44,7 +44,7 @@ def matmul(ins: Any, outs: Any, **params: Any) -> NativeKernel | None:
     function = _GEMM.get(out.dtype)
     if function is None or a.dtype != out.dtype or b.dtype != out.dtype:
         return None
-    _tell_blas()
+    tell_blas()
     plan = product_plan(a, b, out)
     if plan is None:
         return None
@@ -57,10 +57,16 @@ def matmul(ins: Any, outs: Any, **params: Any) -> NativeKernel | None:
 
 
 class Plan:
-    """A product as gemm.cpp reads it; ``swapped``: the transposed result is computed, from b and a."""
+    """A product as gemm.cpp reads it.
 
-    def __init__(self, words: list[int], swapped: bool) -> None:
+    Attributes:
+        swapped: the transposed result is computed, from b and a.
+        batch_shape, rows, columns: how the result is cut into matrices; batch axes may be merged, also with rows.
+    """
+
+    def __init__(self, words: list[int], swapped: bool, batch_shape: tuple[int, ...], rows: int, columns: int) -> None:
         self.words, self.swapped = np.array(words, np.int64), swapped
+        self.batch_shape, self.rows, self.columns = batch_shape, rows, columns
 
 
 def product_plan(a: Spec, b: Spec, out: Spec) -> Plan | None:
@@ -82,16 +88,16 @@ def product_plan(a: Spec, b: Spec, out: Spec) -> Plan | None:
         ta, lda, tb, ldb = not tb, ldb, not ta, lda
         steps = [steps[1], steps[0], steps[2]]
     lead, steps = _merged(lead, steps)
-    if len(lead) > _BATCH_DIMS:
+    if len(lead) > BATCH_DIMS:
         return None
     batch = math.prod(lead)
     tile_m, tile_n, per_piece = _tiles(m, n, k, batch)
-    pad = _BATCH_DIMS - len(lead)
+    pad = BATCH_DIMS - len(lead)
     words = [int(ta), int(tb), m, n, k, lda, ldb, ldc, tile_m, tile_n, per_piece, batch]
     words += [*(1,) * pad, *lead]
     for step in steps:
         words += [*(0,) * pad, *step]
-    return Plan(words, bool(swapped))
+    return Plan(words, bool(swapped), lead, m, n)
 
 
 def _side(spec: Spec) -> tuple[bool, int] | None:
