@@ -60,6 +60,8 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, transp
 
 
 SIZES = [(1, 1, 1), (1, 300, 7), (7, 1, 65), (13, 33, 5), (12, 32, 256), (25, 97, 257), (130, 67, 300), (33, 10, 1024)]
+SIZES += [(1, 9, 784), (1, 129, 37), (2, 131, 50), (3, 77, 31), (4, 70, 16), (5, 6, 4000), (30, 19, 300), (64, 45, 600)]
+SIZES += [(600, 1, 90), (1, 3000, 70), (2, 1, 8), (47, 700, 19)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -133,7 +135,21 @@ def test_nan_and_infinity_spread_as_they_must() -> None:
     assert (found[~np.isnan(found)] == expected[~np.isnan(found)]).all()
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(128, 256, 784), (700, 300, 500), (40, 1000, 200)], ids=str)
+def test_a_sum_does_not_depend_on_where_its_tile_ends() -> None:
+    rng = np.random.default_rng(7)
+    own = np.zeros(1, np.int64)
+    native.Function("brim_gemm_is_own", "p").bind(own)()
+    for m in (1, 3, 4, 20, 70) if own[0] else (1, 3, 4):  # few rows are never OpenBLAS's
+        a, b = rng.standard_normal((m, 333), np.float32), rng.standard_normal((150, 333), np.float32).T
+        whole = product(a, b)
+        for columns in (2, 7, 33, 149):
+            assert product(a, b[:, :columns]).tobytes() == whole[:, :columns].tobytes()
+
+
+THREADED = [(128, 256, 784), (700, 300, 500), (40, 1000, 200), (1, 2000, 700), (32, 256, 784), (3000, 1, 800)]
+
+
+@pytest.mark.parametrize(("m", "n", "k"), THREADED, ids=str)
 def test_the_bits_do_not_depend_on_threads(m: int, n: int, k: int) -> None:
     rng = np.random.default_rng(5)
     a, b = rng.standard_normal((m, k), np.float32), rng.standard_normal((n, k), np.float32).T

@@ -166,8 +166,8 @@ void tile(const Product& p, i64 m, i64 n, const T* a, const T* b, T* c) {
     alignas(64) T corner[kRows * width];
     const i64 passes = ceil_div(p.k, kDepth), depth_most = ceil_div(p.k, passes);
     const i64 panels_most = room / (width * depth_most), panel = width * depth_most;
-    // Rows at a distance of whole kilobytes meet in the same sets of the first-level cache.
-    const bool pack_a = p.a_transposed || (p.lda * i64(sizeof(T))) % 2048 == 0;
+    // Rows at a distance of whole kilobytes meet in the same sets of the first-level cache; few panels read them once.
+    const bool pack_a = p.a_transposed ? n > 2 * width : (p.lda * i64(sizeof(T))) % 2048 == 0;
     const bool in_place = !p.b_transposed && (m <= kUnpackedRows);
     for (i64 first = 0; first < n; first += panels_most * width) {
         const i64 columns = n - first < panels_most * width ? n - first : panels_most * width;
@@ -188,7 +188,7 @@ void tile(const Product& p, i64 m, i64 n, const T* a, const T* b, T* c) {
                 const i64 rows = m - i < kRows ? m - i : i64(kRows), later = m - i - rows;
                 const T* left = p.a_transposed ? a + k * p.lda + i : a + i * p.lda + k;
                 const T* next_left = left + kRows * (p.a_transposed ? 1 : p.lda);
-                i64 down = p.lda, along = 1;
+                i64 down = p.a_transposed ? 1 : p.lda, along = p.a_transposed ? p.lda : 1;
                 if (pack_a) {
                     pack_rows(packed_a, left, p.lda, p.a_transposed != 0, depth, rows);
                     left = packed_a, down = 1, along = kRows;

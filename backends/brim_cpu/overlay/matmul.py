@@ -23,10 +23,12 @@ _GEMM = {
 }
 BATCH_DIMS = 4
 
-PIECE_OPERATIONS = 4 << 20
-"""Multiplications and additions of a piece, at least: below, another thread is not worth its waking."""
+PIECE_OPERATIONS = 1 << 20
+"""Multiplications and additions of a piece, at least: some microseconds; less is not worth another thread's waking."""
 TILE_OPERATIONS = 128 << 20
 """A large product is cut into tiles of about so many: each packs its operands anew."""
+FEW_ROWS, FEW_ROWS_BYTES = 4, 384 * 1024
+"""Products of so few rows read B once, which takes the time; so many bytes of it are a piece, at least."""
 
 
 @functools.cache
@@ -83,15 +85,21 @@ def product_plan(a: Spec, b: Spec, out: Spec) -> Plan | None:
     # A right operand that all products share: the left ones are one tall matrix.
     if lead and not ta and not swapped and not any(steps[1]) and _stacked(a, lda) and _stacked(out, ldc):
         m, lead, steps = m * math.prod(lead), (), [(), (), ()]
+    if n == 1 and m > 1 and ldc == 1 and not ta:  # a vector: its elements are dot products, as of a row of out.T
+        swapped = True
     if swapped:  # out.T = b.T a.T
         m, n = n, m
         ta, lda, tb, ldb = not tb, ldb, not ta, lda
         steps = [steps[1], steps[0], steps[2]]
+    if m == 1 and lda == 1:  # one row is one row, however it is stored
+        ta, lda = False, k
+    if n == 1 and ldb == 1:
+        tb, ldb = True, k
     lead, steps = _merged(lead, steps)
     if len(lead) > BATCH_DIMS:
         return None
     batch = math.prod(lead)
-    tile_m, tile_n, per_piece = _tiles(m, n, k, batch)
+    tile_m, tile_n, per_piece = _tiles(m, n, k, batch, out.dtype.itemsize)
     pad = BATCH_DIMS - len(lead)
     words = [int(ta), int(tb), m, n, k, lda, ldb, ldc, tile_m, tile_n, per_piece, batch]
     words += [*(1,) * pad, *lead]
@@ -144,22 +152,29 @@ def _merged(lead: tuple[int, ...], steps: list[tuple[int, ...]]) -> tuple[tuple[
     return tuple(shape), [tuple(m) for m in merged]
 
 
-def _tiles(m: int, n: int, k: int, batch: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and how many tiles are one piece of work; by the shapes alone.
-
-    Tiles of a quarter thousand columns were fastest: as many packed columns of B as fit gemm_tile.cpp's buffer at once.
-    """
+def _tiles(m: int, n: int, k: int, batch: int, itemsize: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and how many tiles are one piece of work; by the shapes alone."""
     work = 2 * m * n * k
     if batch > 1 and work < TILE_OPERATIONS:
         return m, n, max(1, PIECE_OPERATIONS // max(1, work))
-    pieces = max(2 if work >= 2 * PIECE_OPERATIONS else 1, min(64, work // TILE_OPERATIONS))
-    down = across = 1
-    while down * across < pieces:
-        if n / across >= 512 or n / across >= m / down:
-            across *= 2
-        else:
-            down *= 2
-    return _cut(m, down, 24), _cut(n, across, 64), 1
+    if m <= FEW_ROWS:
+        pieces = max(1, min(64, n * k * itemsize // FEW_ROWS_BYTES))
+    else:
+        pieces = max(2 if work >= 2 * PIECE_OPERATIONS else 1, min(64, work // TILE_OPERATIONS))
+    cuts = (pieces - 1).bit_length()  # halvings; more pieces than asked for rather than less
+    halvings = range(1) if m <= FEW_ROWS else range(cuts + 1)
+    tiles = [(_cut(m, 1 << down, 12), _cut(n, 1 << (cuts - down), 32)) for down in halvings]
+    return *min(tiles, key=lambda tile: _cost(m, n, *tile)), 1
+
+
+def _cost(m: int, n: int, tile_m: int, tile_n: int) -> float:
+    """Time of a product cut into such tiles, if all take as long as the largest, relative to one that is not cut.
+
+    Each column of tiles packs A anew, each row of tiles packs B, which is read from farther away: measured, an element
+    costs as much as 8 and 24 products.
+    """
+    tiles = -(-m // tile_m) * -(-n // tile_n)
+    return tiles * tile_m * tile_n / (m * n) * (1 + 24 / tile_m + 8 / tile_n)
 
 
 def _cut(size: int, parts: int, multiple: int) -> int:
