@@ -110,12 +110,6 @@ void product(T* c, const T* a, const T* b, const i64* plan, const Epilogue* epil
     all_tiles(c, a, b, p, epilogue);
 }
 
-Epilogue epilogue_of(const i64* counts, const i64* operands, const i64* lines, const i64* constants, void* const* bases) {
-    return {reinterpret_cast<const Epilogue::Counts*>(counts), reinterpret_cast<const Epilogue::Operand*>(operands),
-            reinterpret_cast<const Epilogue::Line*>(lines), reinterpret_cast<const Epilogue::Constant*>(constants),
-            reinterpret_cast<char* const*>(bases)};
-}
-
 }  // namespace
 
 // The functions of the OpenBLAS that NumPy has loaded, as addresses.
@@ -133,15 +127,12 @@ BRIM_EXPORT void brim_gemm_f32(float* c, const float* a, const float* b, const i
 
 BRIM_EXPORT void brim_gemm_f64(double* c, const double* a, const double* b, const i64* plan) { product(c, a, b, plan); }
 
-// The same with what follows: see Epilogue.
-BRIM_EXPORT void brim_gemm_epilogue_f32(float* c, const float* a, const float* b, const i64* plan, const i64* counts,
-                                        const i64* operands, const i64* lines, const i64* constants, void* const* bases) {
-    const Epilogue epilogue = epilogue_of(counts, operands, lines, constants, bases);
-    product(c, a, b, plan, &epilogue);
+// The same with what follows.
+BRIM_EXPORT void brim_gemm_epilogue_f32(float* c, const float* a, const float* b, const i64* plan, const i64* epilogue) {
+    product(c, a, b, plan, reinterpret_cast<const Epilogue*>(epilogue));
 }
 
-BRIM_EXPORT void brim_gemm_epilogue_f64(double* c, const double* a, const double* b, const i64* plan, const i64* counts,
-                                        const i64* operands, const i64* lines, const i64* constants, void* const* bases) {
-    const Epilogue epilogue = epilogue_of(counts, operands, lines, constants, bases);
-    product(c, a, b, plan, &epilogue);
+BRIM_EXPORT void brim_gemm_epilogue_f64(double* c, const double* a, const double* b, const i64* plan,
+                                        const i64* epilogue) {
+    product(c, a, b, plan, reinterpret_cast<const Epilogue*>(epilogue));
 }

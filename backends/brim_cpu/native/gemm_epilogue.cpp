@@ -12,6 +12,22 @@ namespace {
 constexpr int kMaxSlots = 64, kMaxLines = 64;
 constexpr i64 kRegisterBytes = 32 * 1024;  // of each thread's stack
 
+template <class U>
+void fill(char* to, u64 bits, i64 n) {
+    U value;
+    std::memcpy(&value, &bits, sizeof value);
+    for (i64 i = 0; i < n; i++) reinterpret_cast<U*>(to)[i] = value;
+}
+
+void fill(char* to, u64 bits, i64 itemsize, i64 n) {
+    switch (itemsize) {
+        case 1: return fill<std::uint8_t>(to, bits, n);
+        case 2: return fill<std::uint16_t>(to, bits, n);
+        case 4: return fill<u32>(to, bits, n);
+        default: return fill<u64>(to, bits, n);
+    }
+}
+
 }  // namespace
 
 void Epilogue::run(const i64* at, Range rows, Range columns) const {
@@ -22,11 +38,8 @@ void Epilogue::run(const i64* at, Range rows, Range columns) const {
     for (i64 l = 0; l < counts->lines; l++) functions[l] = instruction_of(lines[l].code);
     for (i64 r = 0; r < counts->registers; r++) slots[counts->operands + r] = memory + r * counts->register_bytes;
     const i64 width = columns.end - columns.begin < counts->block ? columns.end - columns.begin : counts->block;
-    for (i64 c = 0; c < counts->constants; c++) {
-        const Constant& constant = constants[c];
-        char* to = slots[constant.slot];
-        for (i64 i = 0; i < width; i++) std::memcpy(to + i * constant.itemsize, &constant.bits, size_t(constant.itemsize));
-    }
+    for (i64 c = 0; c < counts->constants; c++)
+        fill(slots[constants[c].slot], constants[c].bits, constants[c].itemsize, width);
     for (i64 o = 0; o < counts->operands; o++) {
         starts[o] = bases[o];
         for (int axis = 0; axis < kMaxBatchDims; axis++) starts[o] += at[axis] * operands[o].batch_step[axis];

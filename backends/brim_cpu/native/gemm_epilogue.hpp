@@ -24,6 +24,7 @@ struct Epilogue {
         i64 register_bytes;
     };
 
+    // Each is an address in Python's array of five.
     const Counts* counts;
     const Operand* operands;
     const Line* lines;

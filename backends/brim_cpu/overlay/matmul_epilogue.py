@@ -26,8 +26,8 @@ __all__ = ["strides_as"]
 Array = np.ndarray[Any, Any]
 
 _FUNCTIONS = {
-    np.dtype("float32"): native.Function("brim_gemm_epilogue_f32", "ppppppppp"),
-    np.dtype("float64"): native.Function("brim_gemm_epilogue_f64", "ppppppppp"),
+    np.dtype("float32"): native.Function("brim_gemm_epilogue_f32", "ppppp"),
+    np.dtype("float64"): native.Function("brim_gemm_epilogue_f64", "ppppp"),
 }
 _MAX_SLOTS, _MAX_LINES, _REGISTER_BYTES = 64, 64, 32 * 1024
 _LINE_ELEMENTS, _FEW_ELEMENTS = 64, 4096
@@ -57,10 +57,10 @@ def matmul_epilogue(
     if found is None:
         return None
     host, code = found
-    tables = _tables(code, plan, [Spec(shape, a.dtype), *ins[2:]], outs)
-    if tables is None:
+    fixed = _tables(code, plan, [Spec(shape, a.dtype), *ins[2:]], outs)
+    if fixed is None:
         return None
-    counts, operands, lines = tables
+    counts, operands, lines = fixed
 
     def calls(out: Any, a: Array, b: Array, *others: Any, scratch: Any = None) -> list[Callable[[], None]]:
         made = out if isinstance(out, tuple) else (out,)
@@ -68,8 +68,10 @@ def matmul_epilogue(
         constants, cells = _constants(code, given)
         arrays = [*(given[n] for n in code.arrays), *made]
         bases = np.array([native.pointer(array) for array in arrays], np.int64)
-        call = function.bind(made[host], a, b, plan.words, counts, operands, lines, constants, bases)
-        call.keeps += (arrays,)  # type: ignore[attr-defined]
+        tables = (counts, operands, lines, constants, bases)
+        addresses = np.array([native.pointer(table) for table in tables], np.int64)
+        call = function.bind(made[host], a, b, plan.words, addresses)
+        call.keeps += (arrays, tables)  # type: ignore[attr-defined]
         if not cells:
             return [call]
 
