@@ -1,5 +1,6 @@
 // Matrix products on tiles of the result, which the team's threads take one by one. A tile is computed by brim's own
-// kernels (gemm_tile.cpp) where the processor has wide registers, else by NumPy's OpenBLAS on one thread.
+// kernels (gemm_tile.cpp; gemm_few.cpp where there are few rows) where the processor has wide registers, else by NumPy's
+// OpenBLAS on one thread; then what follows the product runs on it (gemm_epilogue.cpp).
 //
 // The tiles depend on the shapes alone, so the result does not depend on the number of threads. While the team is at
 // work OpenBLAS is held to one thread; before and after, its own threads serve NumPy as the user set them.

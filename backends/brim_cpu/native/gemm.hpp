@@ -14,7 +14,7 @@ struct Product {
     i64 batch, batch_shape[kMaxBatchDims], a_step[kMaxBatchDims], b_step[kMaxBatchDims], c_step[kMaxBatchDims];
 };
 
-// Up to so many rows B is read where it lies (gemm_few.cpp).
+// Products of so few rows read B where it lies (gemm_few.cpp), whatever k; with long dot products up to kDotRows do.
 constexpr i64 kFewRows = 4, kDotRows = 64;
 
 // c[m, n] = a[m, k] b[k, n] for a tile of m rows and n columns; the operands may be stored transposed. Every element is

@@ -1,8 +1,9 @@
 """Epilogues: the elementwise group that follows a product is computed with it, so that the product is never stored.
 
 ``matmul_epilogue`` and ``conv2d_epilogue`` are a product and a formula whose input 0 is the product. Which products
-gain by it is the backend's to say: a GPU computes the formula while the product is still in registers; on a CPU the
-group that works in place on a finished product is as good, because blocks of the product would add in another order.
+gain by it is the backend's to say: a GPU computes the formula while the product is still in registers, a CPU's native
+kernel while a finished tile of the result is in the caches. NumPy's kernels gain nothing: the group that works in place
+on a finished product is as good.
 """
 
 from __future__ import annotations
