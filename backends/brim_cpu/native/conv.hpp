@@ -96,23 +96,38 @@ constexpr int rows_for(int vectors) { return kLanes == 16 ? (vectors == 4 ? 6 : 
 inline i64 vectors_of(i64 columns) { return ceil_div(std::min(columns, kPanel), kLanes); }
 inline i64 padded(i64 columns) { return ceil_div(columns, kLanes) * kLanes; }
 
-template <int R, int V>
-inline void finish(Floats (&sum)[R][V], float* const* to, i64 shift, bool add, i64 columns) {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++) {
-#pragma GCC unroll 4
-        for (int j = 0; j < V; j++) {
-            float* at = to[i] + shift + j * kLanes;
-            const i64 left = columns - j * kLanes;
-            if (left >= kLanes) {
-                store(at, add ? load(at) + sum[i][j] : sum[i][j]);
-            } else {
-                Floats before{};
-                if (add) std::memcpy(&before, at, size_t(left) * 4);
-                store_part(at, add ? before + sum[i][j] : sum[i][j], left);
-            }
-        }
+// Sums of which not all lanes have a column. Apart from the loops: code that takes addresses of sums costs them registers.
+__attribute__((noinline)) inline void finish_part(const float* sum, i64 rows, i64 step, float* const* to, i64 shift,
+                                                  bool add, i64 columns) {
+    for (i64 i = 0; i < rows; i++, sum += step) {
+        float* at = to[i] + shift;
+        for (i64 c = 0; c < columns; c++) at[c] = add ? at[c] + sum[c] : sum[c];
     }
+}
+
+template <int R, int V>
+inline void finish(const Floats (&sum)[R][V], float* const* to, i64 shift, bool add, i64 columns) {
+    if (columns < V * kLanes) {
+        alignas(64) float all[R * V * kLanes];
+#pragma GCC unroll 12
+        for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < V; j++) store(all + (i * V + j) * kLanes, sum[i][j]);
+        return finish_part(all, R, V * kLanes, to, shift, add, columns);
+    }
+    if (add) {
+#pragma GCC unroll 12
+        for (int i = 0; i < R; i++) {
+            float* at = to[i] + shift;
+#pragma GCC unroll 4
+            for (int j = 0; j < V; j++) store(at + j * kLanes, load(at + j * kLanes) + sum[i][j]);
+        }
+        return;
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; j++) store(to[i] + shift + j * kLanes, sum[i][j]);
 }
 
 // to[i][shift:] (+)= sum over runs r and k < length of from[i][offset[r] + k] * b[r * length + k][:].
