@@ -45,17 +45,20 @@ struct Transform<4> {
                                             {1 / 24.f, -1 / 12.f, 1 / 6.f},
                                             {0, 0, 1}};
     static void in(const Floats* d, Floats* to) {
-        const Floats a = d[4] - 4 * d[2], b = d[3] - 4 * d[1], p = d[4] - d[2], q = 2 * (d[3] - d[1]);
-        to[0] = 4 * (d[0] - d[2]) + p, to[1] = a + b, to[2] = a - b;
-        to[3] = p + q, to[4] = p - q, to[5] = 4 * (d[1] - d[3]) + (d[5] - d[3]);
+        const Floats two = splat(2), four = splat(4), p = d[4] - d[2], r = d[3] - d[1];
+        const Floats a = fma_(-four, d[2], d[4]), b = fma_(-four, d[1], d[3]);
+        to[0] = fma_(four, d[0] - d[2], p), to[1] = a + b, to[2] = a - b;
+        to[3] = fma_(two, r, p), to[4] = fma_(-two, r, p), to[5] = fma_(-four, r, d[5] - d[3]);
     }
     static void out(const Floats* m, Floats* to) {
         const Floats a = m[1] + m[2], b = m[1] - m[2], p = m[3] + m[4], q = m[3] - m[4];
-        to[0] = m[0] + a + p, to[1] = b + 2 * q, to[2] = a + 4 * p, to[3] = b + 8 * q + m[5];
+        to[0] = m[0] + a + p, to[1] = fma_(splat(2), q, b), to[2] = fma_(splat(4), p, a);
+        to[3] = fma_(splat(8), q, b) + m[5];
     }
     static void back(const Floats* y, Floats* to) {
-        const Floats a = y[0] + y[2], b = y[1] + y[3], p = y[0] + 4 * y[2], q = 2 * (y[1] + 4 * y[3]);
-        to[0] = y[0], to[1] = a + b, to[2] = a - b, to[3] = p + q, to[4] = p - q, to[5] = y[3];
+        const Floats two = splat(2), four = splat(4), a = y[0] + y[2], b = y[1] + y[3];
+        const Floats p = fma_(four, y[2], y[0]), q = fma_(four, y[3], y[1]);
+        to[0] = y[0], to[1] = a + b, to[2] = a - b, to[3] = fma_(two, q, p), to[4] = fma_(-two, q, p), to[5] = y[3];
     }
 };
 
@@ -102,30 +105,58 @@ struct Tiling {
     i64 width() const { return across * F + 2; }
 };
 
-// The tiles of pixels under a block of results, transformed: to[place][tile][channel], `step` floats from tile to tile.
-template <int F>
-void transform_pixels(float* to, i64 place_step, i64 step, const float* pixels, i64 pixel_step, i64 rows, i64 across,
-                      i64 channels) {
+// Pixels of one image with channels side by side; of rows and columns outside of it, zeros are read.
+struct View {
+    const float* pixels;  // of row 0, column 0
+    const float* zeros;
+    i64 height, width, row_step, step;
+
+    const float* at(i64 y, i64 x) const {
+        return y < 0 || y >= height || x < 0 || x >= width ? zeros : pixels + y * row_step + x * step;
+    }
+};
+
+// A piece's part of one image, `many` channels from `first` on: where it lies if vectors can be read there, else copied
+// to `copy` (rows [y, y + h), columns [x, x + w)) with `step` floats from pixel to pixel and the rest of each zero.
+inline View view(const float* image, const Images& of, i64 y, i64 h, i64 x, i64 w, i64 first, i64 many, float* copy,
+                 i64 step, const float* zeros) {
+    if (of.last && many % kLanes == 0) return {image + first, zeros, of.H, of.W, of.W * of.C, of.C};
+    if (step != many)
+        for (i64 i = 0; i < h * w; i++) std::memset(copy + i * step + many, 0, size_t(step - many) * 4);
+    cut_out(copy, step, image, of, y, h, x, w, first, many);
+    return {copy - (y * w + x) * step, zeros, y + h, x + w, w * step, step};
+}
+
+// A row of tiles of N by N pixels, the first at (y, x), one every F columns, transformed: to[place][tile][channel].
+template <int F, int N, void (*One)(const Floats*, Floats*)>
+void transform_row(float* to, i64 place_step, i64 step, const View& from, i64 y, i64 x, i64 across, i64 channels) {
     constexpr int A = F + 2;
-    const i64 width = across * F + 2;
-    for (i64 r = 0; r < rows; r++) {
-        for (i64 t = 0; t < across; t++, to += step) {
-            const float* from = pixels + (r * F * width + t * F) * pixel_step;
-            for (i64 c = 0; c < channels; c += kLanes) {
-                Floats d[A][A], v[A][A];
+    const i64 ahead = F * from.step;
+    for (i64 t = 0; t < across; t++, to += step) {
+        const float* at[N][N];
+        for (int i = 0; i < N; i++)
+            for (int j = 0; j < N; j++) at[i][j] = from.at(y + i, x + t * F + j);
+        for (i64 c = 0; c < channels; c += kLanes) {
+            Floats d[N][N], v[A][A];
 #pragma GCC unroll 6
-                for (int i = 0; i < A; i++)
+            for (int i = 0; i < N; i++)
 #pragma GCC unroll 6
-                    for (int j = 0; j < A; j++) d[i][j] = load(from + (i * width + j) * pixel_step + c);
-                both_axes<A, A, Transform<F>::in>(d, v);
+                for (int j = 0; j < N; j++) d[i][j] = load(at[i][j] + c);
 #pragma GCC unroll 6
-                for (int i = 0; i < A; i++)
+            for (int i = 0; i < N; i++)
 #pragma GCC unroll 6
-                    for (int j = 0; j < A; j++) store(to + (i * A + j) * place_step + c, v[i][j]);
-            }
+                for (int j = N - F; j < N; j++) __builtin_prefetch(at[i][j] + ahead + c);
+            both_axes<N, A, One>(d, v);
+#pragma GCC unroll 6
+            for (int i = 0; i < A; i++)
+#pragma GCC unroll 6
+                for (int j = 0; j < A; j++) store(to + (i * A + j) * place_step + c, v[i][j]);
         }
     }
 }
+
+// Floats from place to place: not a multiple of a page, because the places of a tile would evict each other.
+inline i64 apart(i64 floats) { return floats / 16 % 2 ? floats : floats + 16; }
 
 template <int F>
 struct Winograd {
@@ -148,9 +179,9 @@ struct Winograd {
           tiling(N, result.H, result.W, source.C + result.C),
           step(padded(terms)),
           wide(padded(columns)) {
-        tile_floats = rounded(tiling.height() * tiling.width() * step);
-        v_floats = kPlaces * tiling.most * step;
-        m_floats = kPlaces * tiling.most * wide;
+        tile_floats = rounded(step + tiling.height() * tiling.width() * step);
+        v_floats = kPlaces * apart(tiling.most * step);
+        m_floats = kPlaces * apart(tiling.most * wide);
         result_floats = result.last ? 0 : rounded(tiling.rows * F * result.W * columns);
         filter_floats = kPlaces * terms * wide;
     }
@@ -201,21 +232,25 @@ struct Winograd {
         const i64 height = rows.end - rows.begin, per_image = height * tiling.across;
         const i64 tiles = (images.end - images.begin) * per_image;
         float *v = work + tile_floats, *m = v + v_floats, *made = m + m_floats;
+        const i64 v_step = apart(tiles * step), m_step = apart(tiles * wide);
+        std::memset(work, 0, size_t(step) * 4);
         for (i64 n = images.begin; n < images.end; n++) {
-            cut_out(work, step, source.at(from, n), source, rows.begin * F + from_y, height * F + 2, from_x,
-                    tiling.width(), 0, terms);
-            transform_pixels<F>(v + (n - images.begin) * per_image * step, tiles * step, step, work, step, height,
-                                tiling.across, terms);
+            const View seen = view(source.at(from, n), source, rows.begin * F + from_y, height * F + 2, from_x,
+                                   tiling.width(), 0, terms, work + step, step, work);
+            float* into = v + (n - images.begin) * per_image * step;
+            for (i64 r = 0; r < height; r++)
+                transform_row<F, A, Transform<F>::in>(into + r * tiling.across * step, v_step, step, seen,
+                                                      (rows.begin + r) * F + from_y, from_x, tiling.across, terms);
         }
         for (i64 place = 0; place < kPlaces; place++)
-            multiply(tiles, v + place * tiles * step, filters + place * terms * wide, m + place * tiles * wide);
+            multiply(tiles, v + place * v_step, filters + place * terms * wide, m + place * m_step);
         const i64 top = rows.begin * F, bottom = std::min(rows.end * F, result.H);
         for (i64 n = images.begin; n < images.end; n++) {
             const float* products = m + (n - images.begin) * per_image * wide;
             if (result.last) {
-                put_tiles(result.at(to, n) + top * result.W * columns, bottom - top, products, tiles * wide, height);
+                put_tiles(result.at(to, n) + top * result.W * columns, bottom - top, products, m_step, height);
             } else {
-                put_tiles(made, bottom - top, products, tiles * wide, height);
+                put_tiles(made, bottom - top, products, m_step, height);
                 put_rows(result.at(to, n), result, top, bottom - top, made);
             }
         }
@@ -240,10 +275,11 @@ struct Winograd {
 
     // Products of an image's tiles, transformed back, as `height` rows of pixels.
     void put_tiles(float* to, i64 height, const float* m, i64 place_step, i64 rows) const {
+        const i64 line = result.W * columns;
         for (i64 r = 0; r < rows; r++) {
             for (i64 t = 0; t < tiling.across; t++, m += wide) {
                 const i64 down = std::min<i64>(F, height - r * F), across = std::min<i64>(F, result.W - t * F);
-                float* pixels = to + (r * F * result.W + t * F) * columns;
+                float* pixels = to + r * F * line + t * F * columns;
                 for (i64 c = 0; c < columns; c += kLanes) {
                     Floats p[A][A], y[F][F];
 #pragma GCC unroll 6
@@ -251,15 +287,28 @@ struct Winograd {
 #pragma GCC unroll 6
                         for (int j = 0; j < A; j++) p[i][j] = load(m + (i * A + j) * place_step + c);
                     both_axes<A, F, Transform<F>::out>(p, y);
-                    const i64 many = std::min<i64>(kLanes, columns - c);
-                    for (i64 i = 0; i < down; i++)
-                        for (i64 j = 0; j < across; j++) {
-                            float* at = pixels + (i * result.W + j) * columns + c;
-                            many == kLanes ? store(at, y[i][j]) : store_part(at, y[i][j], many);
-                        }
+                    float* at = pixels + c;
+                    if (down == F && across == F && columns - c >= kLanes) {
+#pragma GCC unroll 4
+                        for (int i = 0; i < F; i++)
+#pragma GCC unroll 4
+                            for (int j = 0; j < F; j++) {
+                                store(at + i * line + j * columns, y[i][j]);
+                                __builtin_prefetch(at + i * line + (j + F) * columns, 1);
+                            }
+                    } else {
+                        put_part(at, line, y, down, across, std::min<i64>(kLanes, columns - c));
+                    }
                 }
             }
         }
+    }
+
+    // Of a tile over the edge, or of fewer channels than lanes.
+    __attribute__((noinline)) void put_part(float* to, i64 line, const Floats (&y)[F][F], i64 down, i64 across,
+                                            i64 many) const {
+        for (i64 i = 0; i < down; i++)
+            for (i64 j = 0; j < across; j++) store_part(to + i * line + j * columns, y[i][j], many);
     }
 };
 
@@ -282,9 +331,9 @@ struct WinogradSums {
         sum_floats = rounded(kPlaces * g.C * wide);
         parts = std::min(ceil_div(kPieces, blocks * panels), std::max<i64>(1, kSumFloats / sum_floats));
         parts = std::min(parts, tiling.image_pieces);
-        tile_floats = rounded(tiling.height() * tiling.width() * std::max(step, kPanel));
-        v_floats = kPlaces * tiling.most * step;
-        d_floats = kPlaces * tiling.most * kPanel;
+        tile_floats = rounded((1 + tiling.height() * tiling.width()) * std::max(step, kPanel));
+        v_floats = kPlaces * apart(tiling.most * step);
+        d_floats = kPlaces * apart(tiling.most * kPanel);
     }
 
     i64 lane_floats() const { return tile_floats + v_floats + d_floats; }
@@ -305,6 +354,7 @@ struct WinogradSums {
         const i64 many = some.end - some.begin;
         float *v = work + tile_floats, *d = v + v_floats;
         bool add = false;
+        std::memset(work, 0, size_t(std::max(step, kPanel)) * 4);
         const i64 last = (part + 1) * tiling.image_pieces / parts;
         for (i64 block = part * tiling.image_pieces / parts; block < last; block++) {
             const Range images = piece_of(g.N, tiling.images, block);
@@ -312,51 +362,28 @@ struct WinogradSums {
                 const Range rows = piece_of(tiling.down, tiling.rows, sweep);
                 const i64 height = rows.end - rows.begin, per_image = height * tiling.across;
                 const i64 tiles = (images.end - images.begin) * per_image;
+                const i64 v_step = apart(tiles * step), d_step = apart(tiles * width), top = rows.begin * F;
                 for (i64 n = images.begin; n < images.end; n++) {
-                    const i64 at = (n - images.begin) * per_image;
-                    cut_out(work, step, x.at(from, n), x, rows.begin * F - g.ph, height * F + 2, -g.pw, tiling.width(),
-                            some.begin, many);
-                    transform_pixels<F>(v + at * step, tiles * step, step, work, step, height, tiling.across, many);
-                    clear_rest(work, height * F * tiling.across * F, width, columns);
-                    cut_out(work, width, out.at(dout, n), out, rows.begin * F, height * F, 0, tiling.across * F, first,
-                            columns);
-                    transform_gradients(d + at * width, tiles * width, width, work, height);
+                    const i64 at = (n - images.begin) * per_image, zeros = std::max(step, kPanel);
+                    const View seen = view(x.at(from, n), x, top - g.ph, height * F + 2, -g.pw, tiling.width(),
+                                           some.begin, many, work + zeros, step, work);
+                    for (i64 r = 0; r < height; r++)
+                        transform_row<F, A, Transform<F>::in>(v + (at + r * tiling.across) * step, v_step, step, seen,
+                                                              top + r * F - g.ph, -g.pw, tiling.across, many);
+                    const View made = view(out.at(dout, n), out, top, height * F, 0, tiling.across * F, first, columns,
+                                           work + zeros, width, work);
+                    for (i64 r = 0; r < height; r++)
+                        transform_row<F, F, Transform<F>::back>(d + (at + r * tiling.across) * width, d_step, width,
+                                                                made, top + r * F, 0, tiling.across, columns);
                 }
                 for (i64 place = 0; place < kPlaces; place++) {
                     const float* a[kChannels];
                     float* to[kChannels];
                     for (i64 k = 0; k < many; k++) {
-                        a[k] = v + place * tiles * step + k;
+                        a[k] = v + place * v_step + k;
                         to[k] = sums + place * g.C * wide + (some.begin + k) * wide + first;
                     }
-                    outer(width / kLanes, many, a, {1, 0, 1, 0, tiles, step}, d + place * tiles * width, to, 0, add);
-                }
-            }
-        }
-    }
-
-    // The lanes beyond the last channel of a panel.
-    static void clear_rest(float* pixels, i64 count, i64 width, i64 columns) {
-        if (width == columns) return;
-        for (i64 i = 0; i < count; i++) std::memset(pixels + i * width + columns, 0, size_t(width - columns) * 4);
-    }
-
-    void transform_gradients(float* to, i64 place_step, i64 width, const float* pixels, i64 rows) const {
-        const i64 line = tiling.across * F;
-        for (i64 r = 0; r < rows; r++) {
-            for (i64 t = 0; t < tiling.across; t++, to += width) {
-                for (i64 c = 0; c < width; c += kLanes) {
-                    Floats y[F][F], d[A][A];
-#pragma GCC unroll 6
-                    for (int i = 0; i < F; i++)
-#pragma GCC unroll 6
-                        for (int j = 0; j < F; j++)
-                            y[i][j] = load(pixels + ((r * F + i) * line + t * F + j) * width + c);
-                    both_axes<F, A, Transform<F>::back>(y, d);
-#pragma GCC unroll 6
-                    for (int i = 0; i < A; i++)
-#pragma GCC unroll 6
-                        for (int j = 0; j < A; j++) store(to + (i * A + j) * place_step + c, d[i][j]);
+                    outer(width / kLanes, many, a, {1, 0, 1, 0, tiles, step}, d + place * d_step, to, 0, add);
                 }
             }
         }
