@@ -11,6 +11,7 @@ import brim
 from brim import nn
 from brim.spec import Spec
 from brim_cpu import native
+from brim_cpu.overlay import conv
 from native_kernels import both, dense_last, image, native_kernel, run_native, run_numpy
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native library: {native.status()}")
@@ -252,6 +253,7 @@ FAST = {
     "cut_tiles": _case((3, 20, 7, 9), (33, 20, 3, 3), padding=1),
     "small_images": _case((5, 17, 4, 4), (130, 17, 3, 3)),
     "one_pixel": _case((2, 16, 1, 1), (16, 16, 3, 3), padding=1),
+    "few_channels": _case((2, 3, 6, 7), (5, 3, 3, 3), padding=1),
     "wide_padding": _case((1, 70, 13, 5), (16, 70, 3, 3), padding=(3, 2)),
     "no_padding": _case((2, 19, 12, 21), (40, 19, 3, 3)),
     "many_channels": _case((2, 300, 5, 6), (140, 300, 3, 3), padding=1),
@@ -260,11 +262,19 @@ FAST = {
 }
 
 
+@pytest.fixture(params=[2, 4])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The fast algorithm with tiles of this size, whatever takes least time."""
+    monkeypatch.setattr(conv, "tile_of", lambda *sizes: request.param)
+    return int(request.param)
+
+
 def _fast(case: Case, x_last: bool, out_last: bool, **how: Any) -> list[tuple[str, list[Any], Spec, dict[str, Any]]]:
     return [(op, ins, out, {**params, "fast": True}) for op, ins, out, params in _three(case, x_last, out_last, **how)]
 
 
 @pytest.mark.parametrize(("x_last", "out_last"), ORDERS, ids=["first", "last", "first_to_last", "last_to_first"])
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("name", FAST)
 def test_fast_ones_are_close(name: str, x_last: bool, out_last: bool) -> None:
     exact = _three(FAST[name], x_last, out_last)
@@ -274,6 +284,7 @@ def test_fast_ones_are_close(name: str, x_last: bool, out_last: bool) -> None:
         _assert_close(wanted, got)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("name", FAST)
 def test_fast_ones_do_not_depend_on_threads_or_order(name: str) -> None:
     reference = [
@@ -286,16 +297,17 @@ def test_fast_ones_do_not_depend_on_threads_or_order(name: str) -> None:
             assert np.array_equal(got, wanted), (op, threads, x_last, out_last, shift)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("name", ["3x3", "groups", "dilated", "1x1", "one_channel", "deep"])
 def test_fast_changes_only_what_it_knows(name: str) -> None:
     _, weight, how = CASES[name]
-    knows = weight[2:] == (3, 3) and min(weight[:2]) >= 16 and how["groups"] == 1 and how["dilation"] == (1, 1)
+    knows = weight[2:] == (3, 3) and how["groups"] == 1 and how["dilation"] == (1, 1)
     for exact, fast in zip(_three(CASES[name], False, False), _fast(CASES[name], False, False), strict=True):
         (a,), (b,) = (run_native(op, ins, [out], params) for op, ins, out, params in (exact, fast))
         assert np.array_equal(a, b) is not knows
 
 
-def test_fast_ones_keep_nan_near() -> None:
+def test_fast_ones_keep_nan_near(tiles: int) -> None:
     """A NaN reaches every result of the tiles that read it, and no others."""
     (op, (x, w), out, params), *_ = _fast(FAST["no_padding"], False, False)
     x[0, 3, 5, 9] = np.nan
@@ -304,3 +316,20 @@ def test_fast_ones_keep_nan_near() -> None:
     assert bad[0, :, 3:6, 7:10].all()
     assert not bad[1].any()
     assert not bad[0, :, :, 14:].any()
+
+
+def test_tiles_are_chosen_by_what_they_take() -> None:
+    """Large images of many channels: tiles of 4; small ones 2; few images of many filters, few channels: neither."""
+    assert [conv.tile_of(64, C, C, H, H) for C, H in ((16, 32), (64, 32), (128, 16), (256, 8))] == [4, 4, 4, 4]
+    assert conv.tile_of(64, 512, 512, 4, 4) == 2
+    assert conv.tile_of(64, 32, 32, 6, 6) == 2
+    assert conv.tile_of(1, 512, 512, 4, 4) == 0
+    assert conv.tile_of(64, 3, 64, 32, 32) == conv.tile_of(64, 64, 3, 32, 32) == 0
+    assert conv.tile_of(1, 16, 16, 1, 1) == 0
+
+
+def test_the_exact_algorithm_runs_where_it_is_faster() -> None:
+    case = _case((1, 64, 4, 4), (64, 64, 3, 3), padding=1)
+    for exact, fast in zip(_three(case, True, True), _fast(case, True, True), strict=True):
+        (a,), (b,) = (run_native(op, ins, [out], params) for op, ins, out, params in (exact, fast))
+        assert np.array_equal(a, b)

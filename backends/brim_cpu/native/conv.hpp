@@ -12,6 +12,7 @@ struct Geometry {
     i64 N, C, H, W, O, P, Q, kh, kw, sh, sw, ph, pw, dh, dw, groups;
     i64 x_last, out_last;  // whether channels lie side by side
     i64 lanes;             // working memory is there for so many threads
+    i64 tile;              // results a side that winograd.cpp computes together: 2 or 4
 
     Images x() const { return {C, H, W, x_last != 0}; }
     Images out() const { return {O, P, Q, out_last != 0}; }

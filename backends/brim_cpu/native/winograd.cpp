@@ -165,7 +165,7 @@ struct Winograd {
     i64 N, terms, columns, from_y, from_x, lanes;
     Tiling<F> tiling;
     i64 step, wide;  // floats from tile to tile of transformed pixels and of products
-    i64 tile_floats, v_floats, m_floats, result_floats, filter_floats;
+    i64 tile_floats, v_floats, m_floats, result_floats, filter_step, filter_floats;
 
     Winograd(const Geometry& g, bool backward)
         : source(backward ? g.out() : g.x()),
@@ -183,7 +183,8 @@ struct Winograd {
         v_floats = kPlaces * apart(tiling.most * step);
         m_floats = kPlaces * apart(tiling.most * wide);
         result_floats = result.last ? 0 : rounded(tiling.rows * F * result.W * columns);
-        filter_floats = kPlaces * terms * wide;
+        filter_step = apart(terms * wide);
+        filter_floats = kPlaces * filter_step;
     }
 
     i64 lane_floats() const { return tile_floats + v_floats + m_floats + result_floats; }
@@ -211,7 +212,7 @@ struct Winograd {
                 for (int i = 0; i < A; i++)
                     for (int j = 0; j < A; j++) {
                         const float* f = Transform<F>::kFilter[j];
-                        store(into + (i * A + j) * terms * wide,
+                        store(into + (i * A + j) * filter_step,
                               f[0] * half[i][0] + f[1] * half[i][1] + f[2] * half[i][2]);
                     }
             }
@@ -243,7 +244,7 @@ struct Winograd {
                                                       (rows.begin + r) * F + from_y, from_x, tiling.across, terms);
         }
         for (i64 place = 0; place < kPlaces; place++)
-            multiply(tiles, v + place * v_step, filters + place * terms * wide, m + place * m_step);
+            multiply(tiles, v + place * v_step, filters + place * filter_step, m + place * m_step);
         const i64 top = rows.begin * F, bottom = std::min(rows.end * F, result.H);
         for (i64 n = images.begin; n < images.end; n++) {
             const float* products = m + (n - images.begin) * per_image * wide;
@@ -418,8 +419,10 @@ struct WinogradSums {
     }
 };
 
-// Small images leave much of a large tile empty.
-bool small(i64 H, i64 W) { return std::min(H, W) <= 4; }
+template <int F>
+i64 scratch_of(const Geometry& g, i64 which) {
+    return which == 2 ? WinogradSums<F>(g).scratch_bytes() : Winograd<F>(g, which == 1).scratch_bytes();
+}
 
 }  // namespace
 }  // namespace brim
@@ -428,32 +431,28 @@ using namespace brim;
 
 // Bytes of working memory of the functions below: conv2d (0), the gradients for the input (1) and the weight (2).
 BRIM_EXPORT void brim_winograd_scratch(i64* bytes, const Geometry* g, i64 which) {
-    if (which == 2)
-        *bytes = small(g->P, g->Q) ? WinogradSums<2>(*g).scratch_bytes() : WinogradSums<4>(*g).scratch_bytes();
-    else if (which == 1)
-        *bytes = small(g->H, g->W) ? Winograd<2>(*g, true).scratch_bytes() : Winograd<4>(*g, true).scratch_bytes();
+    *bytes = g->tile == 2 ? scratch_of<2>(*g, which) : scratch_of<4>(*g, which);
+}
+
+static void convolve(float* to, const float* from, const float* w, float* scratch, const Geometry& g, bool backward) {
+    if (g.tile == 2)
+        Winograd<2>(g, backward).run(to, from, w, scratch, backward);
     else
-        *bytes = small(g->P, g->Q) ? Winograd<2>(*g, false).scratch_bytes() : Winograd<4>(*g, false).scratch_bytes();
+        Winograd<4>(g, backward).run(to, from, w, scratch, backward);
 }
 
 BRIM_EXPORT void brim_winograd(float* out, const float* x, const float* w, float* scratch, const Geometry* g) {
-    if (small(g->P, g->Q))
-        Winograd<2>(*g, false).run(out, x, w, scratch, false);
-    else
-        Winograd<4>(*g, false).run(out, x, w, scratch, false);
+    convolve(out, x, w, scratch, *g, false);
 }
 
 BRIM_EXPORT void brim_winograd_grad_input(float* dx, const float* dout, const float* w, float* scratch,
                                           const Geometry* g) {
-    if (small(g->H, g->W))
-        Winograd<2>(*g, true).run(dx, dout, w, scratch, true);
-    else
-        Winograd<4>(*g, true).run(dx, dout, w, scratch, true);
+    convolve(dx, dout, w, scratch, *g, true);
 }
 
 BRIM_EXPORT void brim_winograd_grad_weight(float* dw, const float* dout, const float* x, float* scratch,
                                            const Geometry* g) {
-    if (small(g->P, g->Q))
+    if (g->tile == 2)
         WinogradSums<2>(*g).run(dw, dout, x, scratch);
     else
         WinogradSums<4>(*g).run(dw, dout, x, scratch);

@@ -1,5 +1,5 @@
-"""conv2d and its gradients on float32 images of either order in memory: native/conv.cpp and conv_weight.cpp; where
-``brim.set_conv_precision("fast")`` was chosen and the sizes suit, native/winograd.cpp."""
+"""conv2d and its gradients on float32 images of either order in memory: native/conv.cpp and conv_weight.cpp, or, where
+``brim.conv_precision()`` is "fast" and it takes less time, native/winograd.cpp."""
 
 from __future__ import annotations
 
@@ -28,8 +28,12 @@ _WINOGRAD = Function("brim_winograd", "ppppp")
 _WINOGRAD_GRAD_INPUT = Function("brim_winograd_grad_input", "ppppp")
 _WINOGRAD_GRAD_WEIGHT = Function("brim_winograd_grad_weight", "ppppp")
 
-_WINOGRAD_LEAST = 16
-"""With fewer channels the transforms take longer than what they save."""
+# What it takes, in multiplications of the fast algorithm's products (measured with AVX-512).
+_PER_VALUE = 16  # to transform one number of a tile, forth and back
+_PER_FILTER, _PER_FAR_FILTER = 40, 100  # to transform one number of the filters; where the second cache is too small
+_SECOND_CACHE_BYTES = 1 << 20
+_DIRECT = 1.25  # one multiplication of the exact algorithm
+_LEAST_CHANNELS = 16  # of a vector of them
 
 
 def is_channels_last(spec: Spec) -> bool | None:
@@ -58,7 +62,7 @@ class _Geometry:
         sizes = (*x.shape, *out.shape[1:], *w.shape[2:], *stride, *padding, *dilation, groups)
         # An image in another order comes as a row-major copy.
         last = (is_channels_last(x) or False, is_channels_last(out) or False)
-        self.array = np.frombuffer(struct.pack("19q", *sizes, *last, get_threads()), np.int64).copy()
+        self.array = np.frombuffer(struct.pack("20q", *sizes, *last, get_threads(), 0), np.int64).copy()
 
     def scratch_bytes(self, function: Function, *more: Any) -> int:
         needed = np.zeros(1, np.int64)
@@ -70,12 +74,32 @@ def _copied(*specs: Spec) -> tuple[bool, ...]:
     return tuple(is_channels_last(spec) is None for spec in specs)
 
 
-def _transforms(
-    fast: bool, kernel: Pair, channels: Pair, *, stride: Pair, dilation: Pair, groups: int, **_: Any
-) -> bool:
-    """Whether the fast algorithm is wanted, known for these sizes and worth it."""
-    plain = kernel == (3, 3) and stride == dilation == (1, 1) and groups == 1
-    return fast and plain and min(channels) >= _WINOGRAD_LEAST
+def tile_of(N: int, C: int, O: int, H: int, W: int) -> int:
+    """The size of Winograd's tiles, 2 or 4, that computes N results of H by W from C (or O) channels to O (or C) in
+    least time; 0 where the exact algorithm does: of sizes alone, so that it does not depend on threads.
+
+    Tiles of F by F take (F + 2)^2 products of C * O multiplications each, their transforms go with C + O, those of the
+    filters with C * O.
+    """
+    if min(C, O) < _LEAST_CHANNELS:
+        return 0
+    times: dict[float, int] = {_DIRECT * N * H * W * 9 * C * O: 0}
+    for F in (4, 2):
+        places, tiles = (F + 2) ** 2, N * -(-H // F) * -(-W // F)
+        per_filter = _PER_FAR_FILTER if 4 * places * C * O > _SECOND_CACHE_BYTES else _PER_FILTER
+        times[places * (tiles * (C * O + _PER_VALUE * (C + O)) + per_filter * C * O)] = F
+    return times[min(times)]
+
+
+def _uses_tiles(sizes: _Geometry, fast: bool, images: Spec, w: Spec, how: dict[str, Any]) -> bool:
+    """Whether the fast algorithm is wanted, known for these sizes and worth it; its tiles are then in ``sizes``.
+
+    Arguments:
+        images: the results; for the gradient of the weight, the gradient of the results.
+    """
+    if fast and w.shape[2:] == (3, 3) and how["stride"] == how["dilation"] == (1, 1) and how["groups"] == 1:
+        sizes.array[-1] = tile_of(images.shape[0], *w.shape[:2], *images.shape[2:])
+    return bool(sizes.array[-1])
 
 
 @overlay("conv2d")
@@ -84,15 +108,14 @@ def _conv2d(ins: Specs, outs: Sequence[Spec], *, fast: bool = False, **how: Any)
     (out,) = outs
     assert isinstance(x, Spec)
     assert isinstance(w, Spec)
-    kernel, channels = (w.shape[2], w.shape[3]), (w.shape[0], w.shape[1])
-    if not _suits(kernel, how["stride"], x, w, out) or is_channels_last(out) is None:
+    if not _suits((w.shape[2], w.shape[3]), how["stride"], x, w, out) or is_channels_last(out) is None:
         return None
     sizes = _Geometry(x, w, out, **how)
-    winograd = _transforms(fast, kernel, channels, **how)
-    function = _WINOGRAD if winograd else _CONV
+    tiled = _uses_tiles(sizes, fast, out, w, how)
+    function = _WINOGRAD if tiled else _CONV
     return NativeKernel(
         lambda out, x, w, scratch: [function.bind(out, x, w, scratch, sizes.array)],
-        scratch_bytes=sizes.scratch_bytes(_WINOGRAD_SCRATCH if winograd else _SCRATCH, 0),
+        scratch_bytes=sizes.scratch_bytes(_WINOGRAD_SCRATCH if tiled else _SCRATCH, 0),
         contiguous=(*_copied(x), True),
     )
 
@@ -103,15 +126,14 @@ def _grad_input(ins: Specs, outs: Sequence[Spec], *, size: Pair, fast: bool = Fa
     (out,) = outs
     assert isinstance(g, Spec)
     assert isinstance(w, Spec)
-    kernel, channels = (w.shape[2], w.shape[3]), (w.shape[0], w.shape[1])
-    if not _suits(kernel, how["stride"], g, w, out) or is_channels_last(out) is None:
+    if not _suits((w.shape[2], w.shape[3]), how["stride"], g, w, out) or is_channels_last(out) is None:
         return None
     sizes = _Geometry(out, w, g, **how)
-    winograd = _transforms(fast, kernel, channels, **how)
-    function = _WINOGRAD_GRAD_INPUT if winograd else _GRAD_INPUT
+    tiled = _uses_tiles(sizes, fast, out, w, how)
+    function = _WINOGRAD_GRAD_INPUT if tiled else _GRAD_INPUT
     return NativeKernel(
         lambda out, g, w, scratch: [function.bind(out, g, w, scratch, sizes.array)],
-        scratch_bytes=sizes.scratch_bytes(_WINOGRAD_SCRATCH if winograd else _SCRATCH, 1),
+        scratch_bytes=sizes.scratch_bytes(_WINOGRAD_SCRATCH if tiled else _SCRATCH, 1),
         contiguous=(*_copied(g), True),
     )
 
@@ -127,10 +149,10 @@ def _grad_weight(
     if not (_suits(kernel, how["stride"], g, x, out) and out.contiguous):
         return None
     sizes = _Geometry(x, out, g, **how)
-    winograd = _transforms(fast, kernel, (out.shape[0], out.shape[1]), **how)
-    function = _WINOGRAD_GRAD_WEIGHT if winograd else _GRAD_WEIGHT
+    tiled = _uses_tiles(sizes, fast, g, out, how)
+    function = _WINOGRAD_GRAD_WEIGHT if tiled else _GRAD_WEIGHT
     return NativeKernel(
         lambda out, g, x, scratch: [function.bind(out, g, x, scratch, sizes.array)],
-        scratch_bytes=sizes.scratch_bytes(_WINOGRAD_SCRATCH, 2) if winograd else sizes.scratch_bytes(_WEIGHT_SCRATCH),
+        scratch_bytes=sizes.scratch_bytes(_WINOGRAD_SCRATCH, 2) if tiled else sizes.scratch_bytes(_WEIGHT_SCRATCH),
         contiguous=_copied(g, x),
     )
