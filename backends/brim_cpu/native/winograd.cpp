@@ -13,9 +13,9 @@ namespace {
 constexpr i64 kTiles = 48;               // of a piece at least,
 constexpr i64 kMoreTiles = 96;           // at most,
 constexpr i64 kTileFloats = 192 * 1024;  // and so many transformed floats, if that is in between
-constexpr i64 kSumFloats = 1024 * 1024;  // of all parts' sums of the weight's gradient, but at least one part
-constexpr i64 kPieces = 32;              // parts of the images are added until there are so many pieces
-constexpr i64 kChannels = 64;            // input channels of a tile of the weight's gradient
+// Transformed for the gradient of the weight at a time: so many floats, which the second cache holds, or as many as there
+// are sums, because all of those are read and written each time.
+constexpr i64 kSumTileFloats = 256 * 1024;
 constexpr i64 kPointers = 128;
 
 inline i64 rounded(i64 floats) { return (floats + 15) / 16 * 16; }
@@ -313,84 +313,88 @@ struct Winograd {
     }
 };
 
-// The gradient with respect to the weight: transformed pixels times transformed gradients, summed over tiles.
+// The gradient with respect to the weight: transformed pixels times transformed gradients, summed over tiles. All tiles
+// of some images are transformed first, then each place of each block of channels is one product over all of them.
 template <int F>
 struct WinogradSums {
     static constexpr int A = F + 2, kPlaces = A * A;
     Geometry g;
     Images x, out;
-    Tiling<F> tiling;
-    i64 blocks, panels, parts, channels, step, wide;
-    i64 tile_floats, v_floats, d_floats, sum_floats;
+    i64 down, across, lines, pieces, blocks, panels, wide;
+    i64 v_block, d_block, v_place, d_place, sum_place, copy_size;
 
     explicit WinogradSums(const Geometry& sizes)
-        : g(sizes), x(g.x()), out(g.out()), tiling(g.N, g.P, g.Q, kChannels + kPanel), wide(padded(g.O)) {
-        channels = ceil_div(g.C, ceil_div(g.C, kChannels));
-        blocks = ceil_div(g.C, channels);
+        : g(sizes), x(g.x()), out(g.out()), down(ceil_div(g.P, F)), across(ceil_div(g.Q, F)), wide(padded(g.O)) {
+        const i64 all = g.N * down;  // rows of tiles
+        const i64 floats = std::max(kSumTileFloats, kPlaces * g.C * wide);
+        lines = std::max<i64>(1, std::min(all, floats / (kPlaces * across * (padded(g.C) + wide))));
+        pieces = ceil_div(all, lines);
+        lines = ceil_div(all, pieces);
+        blocks = ceil_div(g.C, kPanel);
         panels = ceil_div(g.O, kPanel);
-        step = padded(channels);
-        sum_floats = rounded(kPlaces * g.C * wide);
-        parts = std::min(ceil_div(kPieces, blocks * panels), std::max<i64>(1, kSumFloats / sum_floats));
-        parts = std::min(parts, tiling.image_pieces);
-        tile_floats = rounded((1 + tiling.height() * tiling.width()) * std::max(step, kPanel));
-        v_floats = kPlaces * apart(tiling.most * step);
-        d_floats = kPlaces * apart(tiling.most * kPanel);
+        v_block = lines * across * std::min(padded(g.C), kPanel), v_place = apart(blocks * v_block);
+        d_block = lines * across * std::min(wide, kPanel), d_place = apart(panels * d_block);
+        sum_place = apart(g.C * wide);
+        copy_size = rounded(((F + 2) * (across * F + 2) + 1) * kPanel);
     }
 
-    i64 lane_floats() const { return tile_floats + v_floats + d_floats; }
-    i64 scratch_bytes() const { return (parts * sum_floats + g.lanes * lane_floats()) * 4; }
+    i64 scratch_bytes() const {
+        return (kPlaces * (v_place + d_place + sum_place) + g.lanes * copy_size) * 4;
+    }
 
     void run(float* dw, const float* dout, const float* from, float* scratch) const {
-        float* work = scratch + parts * sum_floats;
-        in_lanes(g.lanes, parts * blocks * panels, [&](i64 which, i64 lane) {
-            const i64 part = which % parts;
-            piece(part, which / parts, scratch + part * sum_floats, dout, from, work + lane * lane_floats());
-        });
-        parallel(ceil_div(g.C, 4) * ceil_div(g.O, kLanes), [&](i64 which) { collect(which, dw, scratch); });
-    }
-
-    void piece(i64 part, i64 tile, float* sums, const float* dout, const float* from, float* work) const {
-        const Range some = piece_of(g.C, channels, tile / panels);
-        const i64 first = tile % panels * kPanel, columns = std::min(kPanel, g.O - first), width = padded(columns);
-        const i64 many = some.end - some.begin;
-        float *v = work + tile_floats, *d = v + v_floats;
-        bool add = false;
-        std::memset(work, 0, size_t(std::max(step, kPanel)) * 4);
-        const i64 last = (part + 1) * tiling.image_pieces / parts;
-        for (i64 block = part * tiling.image_pieces / parts; block < last; block++) {
-            const Range images = piece_of(g.N, tiling.images, block);
-            for (i64 sweep = 0; sweep < tiling.row_pieces; sweep++, add = true) {
-                const Range rows = piece_of(tiling.down, tiling.rows, sweep);
-                const i64 height = rows.end - rows.begin, per_image = height * tiling.across;
-                const i64 tiles = (images.end - images.begin) * per_image;
-                const i64 v_step = apart(tiles * step), d_step = apart(tiles * width), top = rows.begin * F;
-                for (i64 n = images.begin; n < images.end; n++) {
-                    const i64 at = (n - images.begin) * per_image, zeros = std::max(step, kPanel);
-                    const View seen = view(x.at(from, n), x, top - g.ph, height * F + 2, -g.pw, tiling.width(),
-                                           some.begin, many, work + zeros, step, work);
-                    for (i64 r = 0; r < height; r++)
-                        transform_row<F, A, Transform<F>::in>(v + (at + r * tiling.across) * step, v_step, step, seen,
-                                                              top + r * F - g.ph, -g.pw, tiling.across, many);
-                    const View made = view(out.at(dout, n), out, top, height * F, 0, tiling.across * F, first, columns,
-                                           work + zeros, width, work);
-                    for (i64 r = 0; r < height; r++)
-                        transform_row<F, F, Transform<F>::back>(d + (at + r * tiling.across) * width, d_step, width,
-                                                                made, top + r * F, 0, tiling.across, columns);
-                }
-                for (i64 place = 0; place < kPlaces; place++) {
-                    const float* a[kChannels];
-                    float* to[kChannels];
-                    for (i64 k = 0; k < many; k++) {
-                        a[k] = v + place * v_step + k;
-                        to[k] = sums + place * g.C * wide + (some.begin + k) * wide + first;
-                    }
-                    outer(width / kLanes, many, a, {1, 0, 1, 0, tiles, step}, d + place * d_step, to, 0, add);
-                }
-            }
+        float *v = scratch, *d = v + kPlaces * v_place, *sums = d + kPlaces * d_place;
+        float* copies = sums + kPlaces * sum_place;
+        for (i64 piece = 0; piece < pieces; piece++) {
+            const Range some = piece_of(g.N * down, lines, piece);
+            const i64 count = some.end - some.begin;
+            in_lanes(g.lanes, count * (blocks + panels), [&](i64 which, i64 lane) {
+                const i64 line = which / (blocks + panels), block = which % (blocks + panels);
+                float* copy = copies + lane * copy_size;
+                if (block < blocks)
+                    pixels(v + block * v_block, line, some.begin + line, block, from, copy);
+                else
+                    gradients(d + (block - blocks) * d_block, line, some.begin + line, block - blocks, dout, copy);
+            });
+            parallel(kPlaces * blocks * panels, [&](i64 which) {
+                const i64 panel = which % panels, block = which / panels % blocks, place = which / panels / blocks;
+                multiply(sums + place * sum_place, v + place * v_place + block * v_block,
+                         d + place * d_place + panel * d_block, block, panel, count * across, piece > 0);
+            });
         }
+        parallel(ceil_div(g.C, 4) * ceil_div(g.O, kLanes), [&](i64 which) { collect(which, dw, sums); });
     }
 
-    // Adds up the parts of some filters, transforms them back and puts them into the weight's order.
+    // A row of tiles of one block of channels: which row of which image.
+    void pixels(float* to, i64 at, i64 line, i64 block, const float* from, float* copy) const {
+        const i64 first = block * kPanel, many = std::min(kPanel, g.C - first), step = padded(many);
+        const i64 y = line % down * F - g.ph;
+        std::memset(copy, 0, size_t(kPanel) * 4);
+        const View seen = view(x.at(from, line / down), x, y, F + 2, -g.pw, across * F + 2, first, many, copy + kPanel,
+                               step, copy);
+        transform_row<F, A, Transform<F>::in>(to + at * across * step, v_place, step, seen, y, -g.pw, across, many);
+    }
+
+    void gradients(float* to, i64 at, i64 line, i64 panel, const float* dout, float* copy) const {
+        const i64 first = panel * kPanel, many = std::min(kPanel, g.O - first), step = padded(many);
+        const i64 y = line % down * F;
+        std::memset(copy, 0, size_t(kPanel) * 4);
+        const View seen = view(out.at(dout, line / down), out, y, F, 0, across * F, first, many, copy + kPanel, step,
+                               copy);
+        transform_row<F, F, Transform<F>::back>(to + at * across * step, d_place, step, seen, y, 0, across, many);
+    }
+
+    // The products of one place, of one block of input channels by one panel of output channels.
+    void multiply(float* sums, const float* v, const float* d, i64 block, i64 panel, i64 tiles, bool add) const {
+        const i64 first = block * kPanel, many = std::min(kPanel, g.C - first), step = padded(many);
+        const i64 columns = padded(std::min(kPanel, g.O - panel * kPanel));
+        const float* a[kPanel];
+        float* to[kPanel];
+        for (i64 k = 0; k < many; k++) a[k] = v + k, to[k] = sums + (first + k) * wide + panel * kPanel;
+        outer(columns / kLanes, many, a, {1, 0, 1, 0, tiles, step}, d, to, 0, add);
+    }
+
+    // Transforms the sums of some filters back and puts them into the weight's order.
     void collect(i64 which, float* dw, const float* sums) const {
         const i64 column = which % ceil_div(g.O, kLanes) * kLanes;
         const Range range = piece_of(g.C, 4, which / ceil_div(g.O, kLanes));
@@ -399,9 +403,7 @@ struct WinogradSums {
             for (int j = 0; j < A; j++) {
                 Floats column_sums[A];
                 for (int i = 0; i < A; i++) {
-                    const float* at = sums + ((i * A + j) * g.C + k) * wide + column;
-                    column_sums[i] = load(at);
-                    for (i64 part = 1; part < parts; part++) column_sums[i] += load(at + part * sum_floats);
+                    column_sums[i] = load(sums + (i * A + j) * sum_place + k * wide + column);
                 }
                 for (int p = 0; p < 3; p++) {
                     half[p][j] = Transform<F>::kFilter[0][p] * column_sums[0];
