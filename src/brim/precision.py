@@ -19,7 +19,7 @@ __all__ = [
 _NAMES = ("full", "tf32")
 _CONV_NAMES = ("exact", "fast")
 _tf32 = False
-_fast = False
+_fast = True
 
 
 def set_float32_precision(name: str) -> None:
@@ -55,25 +55,25 @@ def set_conv_precision(name: str) -> None:
     """Choose how float32 convolutions of 3x3 windows are computed on the CPU from now on, in this process.
 
     Arguments:
-        name: "exact" (the default): every term is multiplied and added up. "fast": convolutions of stride 1 with 16
-            channels or more on both sides, without dilation or groups, and their gradients are computed by Winograd's
-            minimal filtering over tiles of 4x4 results (images of at most 4 pixels a side: 2x2), with 4 (2.25) times
-            fewer multiplications. Other sizes, dtypes and devices, and the CPU without compiled kernels, compute as
-            ever. Results of either do not depend on the number of threads. Compiled steps are traced anew at their
-            next call.
+        name: "fast" (the default): convolutions of stride 1 without dilation or groups, and their gradients, may be
+            computed by Winograd's minimal filtering over tiles of 4x4 or 2x2 results, with 4 or 2.25 times fewer
+            multiplications: where sizes say that it takes less time, with 16 channels or more on both sides. "exact":
+            every term is multiplied and added up. Other sizes, dtypes and devices, and the CPU without compiled
+            kernels, compute exactly either way. Results of either do not depend on the number of threads. Compiled
+            steps are traced anew at their next call.
 
-    Errors against float64, standard normal operands: the largest relative to the largest result, in brackets the root
-    mean square of the errors relative to that of the results.
+    Errors against float64, standard normal operands: the largest, in brackets the root mean square, both relative to
+    the largest result. Of the result, the gradients of input and weight, the worst. docs/convolution.md has the whole
+    table, and why "fast" is the default.
 
-    ================================  =================  =================  =================
-    images, channels                  exact              fast, 4x4 tiles    fast, 2x2 tiles
-    ================================  =================  =================  =================
-    2 of 8x8, 16 to 16                3e-7 (2e-7)        3e-6 (1e-6)
-    2 of 32x32, 64 to 64              3e-7 (2e-7)        8e-6 (2e-6)
-    64 of 16x16, 128 to 128           3e-7 (2e-7)        1e-5 (2e-6)
-    the last, gradient of the weight  3e-7 (2e-7)        5e-6 (2e-6)
-    5 of 4x4, 17 to 130               4e-7 (2e-7)                           4e-7 (4e-7)
-    ================================  =================  =================  =================
+    ==============================  ===================  ===================
+    images, channels                exact                fast
+    ==============================  ===================  ===================
+    64 of 32x32, 16 to 16           4e-7 (6e-8)          7e-6 (7e-7)
+    32 of 32x32, 64 to 64           3e-7 (6e-8)          7e-6 (5e-7)
+    64 of 8x8, 256 to 256           3e-7 (5e-8)          2e-5 (7e-7)
+    64 of 4x4, 512 to 512           3e-7 (4e-8)          8e-7 (1e-7), 2x2 tiles
+    ==============================  ===================  ===================
 
     Raises:
         ValueError: another name.
@@ -92,7 +92,7 @@ def conv_precision() -> str:
 
 
 def conv_params(dtype: Any, backend: Any) -> dict[str, Any]:
-    """Params of a convolution: those of a product, and ``{"fast": True}`` where that was chosen and the backend
+    """Params of a convolution: those of a product, and ``{"fast": True}`` where that is chosen and the backend
     (None: of tensors without memory) knows it."""
     heeded = getattr(backend, "knows_fast_convolutions", False) and dtype.name == "float32"
     fast = baked(conv_precision) == "fast" and heeded

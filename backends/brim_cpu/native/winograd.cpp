@@ -13,8 +13,8 @@ namespace {
 constexpr i64 kTiles = 48;               // of a piece at least,
 constexpr i64 kMoreTiles = 96;           // at most,
 constexpr i64 kTileFloats = 192 * 1024;  // and so many transformed floats, if that is in between
-// Transformed for the gradient of the weight at a time: so many floats, which the second cache holds, or as many as there
-// are sums, because all of those are read and written each time.
+// Transformed for the gradient of the weight at a time: so many floats, which the second cache holds, or as many as
+// there are sums, because all of those are read and written each time.
 constexpr i64 kSumTileFloats = 256 * 1024;
 constexpr i64 kPointers = 128;
 

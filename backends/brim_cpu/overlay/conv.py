@@ -74,20 +74,20 @@ def _copied(*specs: Spec) -> tuple[bool, ...]:
     return tuple(is_channels_last(spec) is None for spec in specs)
 
 
-def tile_of(N: int, C: int, O: int, H: int, W: int) -> int:
-    """The size of Winograd's tiles, 2 or 4, that computes N results of H by W from C (or O) channels to O (or C) in
-    least time; 0 where the exact algorithm does: of sizes alone, so that it does not depend on threads.
+def tile_of(N: int, C: int, outputs: int, H: int, W: int) -> int:
+    """The size of Winograd's tiles, 2 or 4, that computes N results of H by W from C channels to `outputs` (or back)
+    in least time; 0 where the exact algorithm does: of sizes alone, so that it does not depend on threads.
 
-    Tiles of F by F take (F + 2)^2 products of C * O multiplications each, their transforms go with C + O, those of the
-    filters with C * O.
+    Tiles of F by F take (F + 2)^2 products of C * outputs multiplications each, their transforms go with C + outputs,
+    those of the filters with C * outputs: docs/convolution.md.
     """
-    if min(C, O) < _LEAST_CHANNELS:
+    if min(C, outputs) < _LEAST_CHANNELS:
         return 0
-    times: dict[float, int] = {_DIRECT * N * H * W * 9 * C * O: 0}
+    times: dict[float, int] = {_DIRECT * N * H * W * 9 * C * outputs: 0}
     for F in (4, 2):
         places, tiles = (F + 2) ** 2, N * -(-H // F) * -(-W // F)
-        per_filter = _PER_FAR_FILTER if 4 * places * C * O > _SECOND_CACHE_BYTES else _PER_FILTER
-        times[places * (tiles * (C * O + _PER_VALUE * (C + O)) + per_filter * C * O)] = F
+        per_filter = _PER_FAR_FILTER if 4 * places * C * outputs > _SECOND_CACHE_BYTES else _PER_FILTER
+        times[places * (tiles * (C * outputs + _PER_VALUE * (C + outputs)) + per_filter * C * outputs)] = F
     return times[min(times)]
 
 
