@@ -47,7 +47,8 @@ def guarded(
 ) -> tuple[Array, Array, Array]:
     """An array without meaningful values, on a cache line or one element after it, and what lies before and after."""
     count = math.prod(shape)
-    whole = np.full(count + 2 * _GUARD, 77, dtype)
+    itemsize = np.dtype(dtype).itemsize
+    whole = np.full((count + 2 * _GUARD) * itemsize + 128, 77, np.uint8).view(dtype)
     start = (-whole.ctypes.data // whole.itemsize) % (64 // whole.itemsize) + 64 // whole.itemsize + (not aligned)
     inner = whole[start : start + count]
     outside = whole[:start], whole[start + count :]
@@ -81,7 +82,7 @@ def run(name: str, *ins: Any, outs: list[Spec] | None = None, aligned: bool = Fa
             scratch = np.full(kernel.scratch_bytes, 0xFF, np.uint8)  # NaN, whatever it is read as
             kernel.run(arrays if len(arrays) > 1 else arrays[0], *given, scratch=scratch, **params)
             for _, ahead, behind in made:
-                assert (np.concatenate([ahead, behind]) == 77).all(), "written outside of the output"
+                assert (np.concatenate([ahead, behind]).view(np.uint8) == 77).all(), "written outside of the output"
             results.append([array.copy() for array in arrays])
     finally:
         native.set_threads(threads_before)

@@ -25,6 +25,7 @@ from brim_cpu.epilogue import EPILOGUES, bind_epilogue
 from brim_cpu.fused import bind_fused, bind_many
 from brim_cpu.overlay import bind_native
 from brim_cpu.overlay import elementwise as overlay
+from brim_cpu.overlay.index import gather_rows
 from brim_cpu.registry import KERNELS
 
 __all__ = ["CpuBackend"]
@@ -127,6 +128,10 @@ class CpuBackend:
     def get_threads(self) -> int:
         """How many threads native kernels run on."""
         return native.get_threads()
+
+    def gather_rows(self, source: Array, indices: Array, out: Array, on_team: bool = True) -> None:
+        """``out[i] = source[indices[i]]`` for rows of host arrays; see ``brim_cpu.overlay.index.gather_rows``."""
+        gather_rows(source, indices, out, on_team)
 
     def running(self, index: int) -> AbstractContextManager[Any]:
         """Floating-point exceptions give inf and nan, as on every device, and no warnings."""

@@ -125,7 +125,9 @@ class Backend(Protocol):
     process; ``native_status()``, one line about the compiled kernels that it runs; and ``joins_side_by_side``, how many
     bytes may be kept alive longer for the sake of fewer launches, where independent small elementwise groups of one
     formula are to run as one ``fused_many``; ``knows_fast_convolutions``, True where its convolutions take the param
-    ``fast``; and ``chained(calls)``, which joins a program's prepared calls where that saves time.
+    ``fast``; ``chained(calls)``, which joins a program's prepared calls where that saves time; and
+    ``gather_rows(source, indices, out, on_team=True)``, which copies rows of a host array into another one:
+    ``out[i] = source[indices[i]]``, on its threads or with the calling one alone.
     """
 
     kind: str

@@ -9,6 +9,8 @@ import numpy as np
 
 from brim_cpu.registry import kernel
 
+__all__ = ["check_range"]
+
 Array = np.ndarray[Any, Any]
 
 
@@ -16,7 +18,11 @@ def _check(indices: Array, size: int, axis: int) -> None:
     """IndexError naming the first bad kind of index; min and max need no memory."""
     if indices.size == 0:
         return
-    low, high = int(indices.min()), int(indices.max())
+    check_range(int(indices.min()), int(indices.max()), size, axis)
+
+
+def check_range(low: int, high: int, size: int, axis: int) -> None:
+    """IndexError where indices from ``low`` to ``high`` do not all lie in an axis of this size."""
     if low < -size or high >= size:
         bad = low if low < -size else high
         raise IndexError(f"index {bad} is out of range for axis {axis} of size {size}")
