@@ -80,7 +80,9 @@ def run(name: str, *ins: Any, outs: list[Spec] | None = None, aligned: bool = Fa
             made = [guarded(s.shape, s.dtype, None if s.contiguous else s.strides, aligned) for s in out_specs]
             arrays = tuple(array for array, _, _ in made)
             scratch = np.full(kernel.scratch_bytes, 0xFF, np.uint8)  # NaN, whatever it is read as
-            kernel.run(arrays if len(arrays) > 1 else arrays[0], *given, scratch=scratch, **params)
+            # not kernel.run, which for few elements is NumPy's
+            for call in kernel.prepare(arrays if len(arrays) > 1 else arrays[0], *given, scratch=scratch, **params):
+                call()
             for _, ahead, behind in made:
                 assert (np.concatenate([ahead, behind]).view(np.uint8) == 77).all(), "written outside of the output"
             results.append([array.copy() for array in arrays])

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from brim.backend import ScalarCell
 from brim.device import find_backend
 from brim.spec import DTYPES
-from native_running import RNG, needs_library, run
+from brim_cpu.registry import KERNELS
+from native_running import RNG, bound, needs_library, normal, run
 
 Array = np.ndarray[Any, Any]
 
@@ -115,3 +117,137 @@ def test_gather_rows_that_do_not_fit() -> None:
             backend.gather_rows(source, indices, out)
     with pytest.raises(ValueError, match="cannot be written into"):
         backend.gather_rows(source, indices[None], np.zeros((1, 2, 8), np.float32))
+
+
+# ------------------------------------------------------------------------------------------------- index_add and put
+
+PLACES = [
+    ((65, 128), 0, 2048), ((7, 5), 1, 40), ((3, 4, 5), 1, 9), ((9,), 0, 30), ((5, 1), 0, 8), ((3000, 33), 0, 500),
+    ((1, 1000), 1, 40000), ((20000,), 0, 30000), ((6, 50, 700), 1, 90), ((3, 40000), 0, 2), ((2, 3, 1, 17), 2, 5),
+]  # fmt: skip
+
+
+def _write_params(shape: tuple[int, ...], axis: int, count: int) -> tuple[Array, tuple[int, ...], dict[str, Any]]:
+    indices = RNG.integers(-shape[axis], shape[axis], (1, count))
+    return indices, (*shape[:axis], 1, count, *shape[axis + 1 :]), {"axis": axis, "size": shape[axis]}
+
+
+def _numpy(name: str, out: Array, *ins: Any, **params: Any) -> Array:
+    with np.errstate(all="ignore"):
+        KERNELS[name].run(out, *ins, **params)
+    return out
+
+
+@needs_library
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_index_add(place: tuple[tuple[int, ...], int, int]) -> None:
+    indices, given, params = _write_params(*place)
+    x, values = normal(*place[0]), normal(*given)
+    want = _numpy("index_add", np.empty_like(x), x, indices, values, **params)
+    same_bits(run("index_add", x, indices, values, **params), want)
+    turned = np.asfortranarray(x)
+    same_bits(run("index_add", turned, indices, values, **params), want)
+    want = _numpy("index_add", np.empty_like(x), 0.5, indices, values, **params)
+    same_bits(run("index_add", 0.5, indices, values, **params), want)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["float64", "float16", "bfloat16", "int8", "uint16", "int32", "int64", "complex64"])
+def test_index_add_of_other_dtypes(name: str) -> None:
+    dtype = DTYPES[name]
+    indices, given, params = _write_params((40, 77), 0, 300)
+    x, values = (RNG.integers(-100, 100, shape).astype(dtype) / dtype.type(3) for shape in ((40, 77), given))
+    x, values = x.astype(dtype), values.astype(dtype)
+    want = _numpy("index_add", np.empty_like(x), x, indices, values, **params)
+    same_bits(run("index_add", x, indices, values, **params), want)
+    assert bound("index_add", [x.astype(bool), indices, values.astype(bool)], **params)[0] is None
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_index_add_of_special_numbers(name: str) -> None:
+    special = np.array([np.nan, np.inf, -np.inf, 65504, 3e38, 1e-40, 6e-8, -0.0], np.float32)
+    with np.errstate(over="ignore"):
+        values = special[RNG.integers(0, 8, (1, 64, 9))].astype(DTYPES[name])
+    indices = RNG.integers(0, 30, (1, 64))
+    params = {"axis": 0, "size": 30}
+    want = _numpy("index_add", np.empty((30, 9), values.dtype), -0.0, indices, values, **params)
+    got = run("index_add", -0.0, indices, values, **params)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    same_bits(np.where(np.isnan(got), 0, got), np.where(np.isnan(want), 0, want))
+
+
+@needs_library
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bool", "bfloat16", "int64"])
+def test_put(place: tuple[tuple[int, ...], int, int], dtype: str) -> None:
+    indices, given, params = _write_params(*place)
+    x, values = bits(*place[0], dtype=DTYPES[dtype]), bits(*given, dtype=DTYPES[dtype])
+    want = x.copy()
+    along, lined = np.moveaxis(want, place[1], 0), np.moveaxis(values.squeeze(place[1]), place[1], 0)
+    for position, index in enumerate(indices[0]):
+        along[index] = lined[position]
+    same_bits(run("put", x, indices, values, **params), want)
+    along[indices[0]] = 1
+    same_bits(run("put", x, indices, 1, **params), want)
+    want[...] = 0
+    for position, index in enumerate(indices[0]):
+        along[index] = lined[position]
+    same_bits(run("put", 0, indices, values, **params), want)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["index_add", "put"])
+def test_writes_in_place_and_large_ones(name: str) -> None:
+    indices, given, params = _write_params((3000, 1000), 0, 700)  # more than the caches keep
+    values = normal(*given)
+    want = _numpy(name, np.empty((3000, 1000), np.float32), 0.0, indices, values, **params)
+    same_bits(run(name, 0.0, indices, values, **params), want)
+    same_bits(run(name, 0.0, indices, values, aligned=True, **params), want)
+    x = normal(3000, 1000)
+    want = _numpy(name, np.empty_like(x), x, indices, values, **params)
+    same_bits(run(name, x, indices, values, **params), want)
+    kernel, _ = bound(name, [x, indices, values], **params)
+    assert kernel.aliasing
+    for call in kernel.prepare(x, x, indices, values, **params):
+        call()
+    same_bits(x, want)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["index_add", "put"])
+def test_a_number_that_changes_from_run_to_run(name: str) -> None:
+    indices, values, cell = np.array([[1, 1]]), np.ones((1, 2, 3), np.float32), ScalarCell(2.5)
+    kernel, (spec,) = bound(name, [0.0, indices, values], axis=0, size=2)
+    out = np.zeros(spec.shape, spec.dtype)
+    calls = kernel.prepare(out, cell, indices, values, axis=0, size=2)
+    for number in (2.5, -1.0):
+        cell.value = number
+        for call in calls:
+            call()
+        np.testing.assert_array_equal(out, [[number] * 3, [number + 2 if name == "index_add" else 1] * 3])
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["index_add", "put"])
+@pytest.mark.parametrize("wrong", [-4, 3, 2**40])
+def test_writes_out_of_range(name: str, wrong: int) -> None:
+    x, indices, values = np.ones((2, 3), np.float32), np.array([[0, wrong]]), np.ones((2, 1, 2), np.float32)
+    with pytest.raises(IndexError, match=f"index {wrong} is out of range for axis 1 of size 3"):
+        run(name, x, indices, values, axis=1, size=3)
+    kernel, _ = bound(name, [x, indices, values], axis=1, size=3)
+    with pytest.raises(IndexError):
+        for call in kernel.prepare(x, x, indices, values, axis=1, size=3):
+            call()
+    assert (x == 1).all()
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["index_add", "put"])
+def test_writes_of_nothing(name: str) -> None:
+    for shape, axis, count in (((0, 4), 0, 0), ((4, 0), 0, 3), ((4, 5), 1, 0), ((0, 4), 1, 3)):
+        indices, given = np.zeros((1, count), np.int64), (*shape[:axis], 1, count, *shape[axis + 1 :])
+        params = {"axis": axis, "size": shape[axis]}
+        x, values = np.ones(shape, np.float32), np.ones(given, np.float32)
+        same_bits(run(name, x, indices, values, **params), x)
+        same_bits(run(name, 2.0, indices, values, **params), np.full(shape, 2, np.float32))

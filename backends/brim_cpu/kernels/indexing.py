@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from brim_cpu.kernels.movement import same_elements
 from brim_cpu.registry import kernel
 
 __all__ = ["check_range"]
@@ -51,7 +52,7 @@ def _three_axes(out: Array, axis: int) -> tuple[int, int, int]:
 @kernel("index_add", contiguous=(1, 2), aliasing=True)
 def index_add(out: Array, x: Any, indices: Array, values: Array, scratch: Any = None, *, axis: int, size: int) -> None:
     _check(indices, size, axis)
-    if out is not x:
+    if not same_elements(out, x):
         np.copyto(out, x, casting="unsafe")
     outer, _, inner = _three_axes(out, axis)
     target = out.reshape(outer, size, inner)
@@ -69,7 +70,7 @@ def index_add(out: Array, x: Any, indices: Array, values: Array, scratch: Any = 
 @kernel("put", contiguous=(1,), aliasing=True)
 def put(out: Array, x: Any, indices: Array, values: Any, scratch: Any = None, *, axis: int, size: int) -> None:
     _check(indices, size, axis)
-    if out is not x:
+    if not same_elements(out, x):
         np.copyto(out, x, casting="unsafe")
     order = indices[0]
     lead = (slice(None),) * axis

@@ -8,10 +8,21 @@ import numpy as np
 
 from brim_cpu.registry import kernel
 
+__all__ = ["python_slice", "same_elements"]
+
 Array = np.ndarray[Any, Any]
 
 
-def _python_slice(start: int, step: int, count: int) -> slice:
+def same_elements(a: Any, b: Any) -> bool:
+    """Whether two operands are arrays of the same elements in memory, in the same order."""
+    if not (isinstance(a, np.ndarray) and isinstance(b, np.ndarray)):
+        return False
+    at, other = (x.__array_interface__["data"][0] for x in (a, b))
+    return bool(at == other and a.shape == b.shape and a.strides == b.strides)
+
+
+def python_slice(start: int, step: int, count: int) -> slice:
+    """The slice of ``count`` entries from ``start`` on, ``step`` apart."""
     if count == 0:
         return slice(0, 0)
     stop = start + step * count
@@ -20,9 +31,9 @@ def _python_slice(start: int, step: int, count: int) -> slice:
 
 @kernel("set_slice", aliasing=True)
 def set_slice(out: Array, x: Any, values: Any, scratch: Any = None, *, index: Any, shape: Any) -> None:
-    if out is not x:
+    if not same_elements(out, x):
         np.copyto(out, x, casting="unsafe")
-    target = out[tuple(_python_slice(*entry) for entry in index)]
+    target = out[(*(python_slice(*entry) for entry in index), ...)]  # a view, even of an array without axes
     np.copyto(target, values[0] if isinstance(values, np.ndarray) else values, casting="unsafe")
 
 

@@ -16,11 +16,15 @@ from typing import Any
 from brim.backend import BoundKernel
 from brim.spec import Scalar, Spec
 from brim_cpu import native
+from brim_cpu.registry import KERNELS
 
-__all__ = ["OVERLAYS", "NativeKernel", "bind_native", "overlay"]
+__all__ = ["OVERLAYS", "SMALL_BYTES", "NativeKernel", "bind_native", "overlay", "small_numpy"]
 
 Call = Callable[[], None]
 Binder = Callable[..., "NativeKernel | None"]
+
+SMALL_BYTES = 16 * 1024
+"""Up to results of so many bytes one NumPy call costs less than binding and making a native one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class NativeKernel:
         contiguous: which inputs must be row-major (the caller copies the others); True for all of them.
         aliasing: an output may be one of the inputs, element for element.
         any_output: outputs may have other strides than their specs say (eager writes into views).
+        small: a NumPy kernel that gives the same bits, for eager code where binding costs more than it saves.
     """
 
     calls: Callable[..., Sequence[Call]]
@@ -41,6 +46,7 @@ class NativeKernel:
     contiguous: bool | tuple[bool, ...] = False
     aliasing: bool = False
     any_output: bool = False
+    small: Callable[..., None] | None = None
 
     def bound(self, inputs: int) -> BoundKernel:
         """As the framework wants it."""
@@ -54,13 +60,18 @@ class NativeKernel:
 
         flags = (self.contiguous,) * inputs if isinstance(self.contiguous, bool) else self.contiguous
         return BoundKernel(
-            run,
+            self.small or run,
             self.scratch_bytes,
             contiguous=flags,
             aliasing=self.aliasing,
             prepare=prepare,
             exact_outputs=not self.any_output,
         )
+
+
+def small_numpy(name: str, out: Spec) -> Callable[..., None] | None:
+    """NumPy's kernel of an op where its result is small, for ``NativeKernel.small``."""
+    return KERNELS[name].run if out.nbytes <= SMALL_BYTES else None
 
 
 OVERLAYS: dict[str, Binder] = {}

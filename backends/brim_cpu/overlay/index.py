@@ -1,19 +1,21 @@
-"""Entries along an axis by index, of any dtype: reading them, and rows of a data set for batches."""
+"""Entries along an axis by index: reading, adding, writing, and rows of a data set for batches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from brim.spec import Spec
+from brim.spec import DTYPES, Spec
 from brim_cpu import native
 from brim_cpu.kernels.indexing import check_range
 from brim_cpu.native import Function
-from brim_cpu.overlay import NativeKernel, overlay
+from brim_cpu.overlay import NativeKernel, overlay, small_numpy
+from brim_cpu.overlay.copies import copy_calls, given_calls
 
 __all__ = ["gather_rows"]
 
@@ -21,7 +23,6 @@ Array = np.ndarray[Any, Any]
 
 _TAKE = Function("brim_take", "ppppiiii")
 _GATHER_ROWS = Function("brim_gather_rows", "ppppiiii")
-_FOUND_BYTES = 16  # the smallest and the largest index
 
 
 def _check(found: Any, size: int, axis: int) -> None:
@@ -35,15 +36,95 @@ def take(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int) -> NativeKernel
     size = x.shape[axis]
     outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
 
-    def calls(y: Any, x: Any, indices: Any, scratch: Any) -> list[Any]:
-        found = scratch.view(np.int64)
+    def calls(y: Any, x: Any, indices: Any, scratch: Any = None) -> list[Any]:
+        found = np.empty(2, np.int64)
         run_bytes = inner * x.itemsize
         return [
             _TAKE.bind(y, found, x, indices, outer, indices.size, size, run_bytes),
             partial(_check, found, size, axis),
         ]
 
-    return NativeKernel(calls, _FOUND_BYTES, contiguous=True)
+    return NativeKernel(calls, contiguous=True, small=small_numpy("take", outs[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What ``index_add`` and ``put`` write: (outer, size, inner) at ``count`` indices."""
+
+    outer: int
+    count: int
+    size: int
+    inner: int
+
+
+def _sizes(out: Spec, indices: Spec, axis: int) -> _Sizes:
+    outer, inner = math.prod(out.shape[:axis]), math.prod(out.shape[axis + 1 :])
+    return _Sizes(outer, indices.size, out.shape[axis], inner)
+
+
+_ADDED = {DTYPES[f"{kind}float{bits}"]: f"{kind}f{bits}" for kind, bits in (("", 16), ("b", 16), ("", 32), ("", 64))}
+_ADDED |= {dtype: f"u{8 * dtype.itemsize}" for dtype in DTYPES.values() if dtype.kind in "iu"}  # they wrap around
+_ADDED |= {DTYPES["complex64"]: "f32", DTYPES["complex128"]: "f64"}  # pairs of numbers
+_INDEX_ADD = {name: Function(f"brim_index_add_{name}", "pppppiiiii") for name in set(_ADDED.values())}
+_PUT = {size: Function(f"brim_put_u{8 * size}", "pppppiiiiii") for size in (1, 2, 4, 8)}
+
+
+@overlay("index_add")
+def index_add(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int, size: int) -> NativeKernel | None:
+    """The gradient of ``take``: sums in the order of the indices, by columns or rows of the result in each thread."""
+    (x, indices, values), (out,) = ins, outs
+    if out.dtype not in _ADDED or not isinstance(values, Spec) or not _fit(out, indices, x, values):
+        return None
+    sizes, function = _sizes(out, indices, axis), _INDEX_ADD[_ADDED[out.dtype]]
+    parts = 2 if out.dtype.kind == "c" else 1
+    if parts == 2 and not isinstance(x, Spec):
+        return None
+
+    def calls(y: Any, x: Any, indices: Any, values: Any, scratch: Any = None) -> list[Any]:
+        found = np.empty(2, np.int64)
+        base, read = _base(y, x)
+        numbers = (sizes.outer, sizes.count, sizes.size, sizes.inner * parts)
+        call = function.bind(y, found, base, indices, values, _step(base), *numbers)
+        return [*read, call, partial(_check, found, size, axis)]
+
+    return NativeKernel(calls, contiguous=(False, True, True), aliasing=True, small=small_numpy("index_add", out))
+
+
+@overlay("put")
+def put(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int, size: int) -> NativeKernel | None:
+    """By bytes; the last of equal indices stays."""
+    (x, indices, values), (out,) = ins, outs
+    if out.dtype.itemsize not in _PUT or not _fit(out, indices, x, values):
+        return None
+    sizes, function = _sizes(out, indices, axis), _PUT[out.dtype.itemsize]
+
+    def calls(y: Any, x: Any, indices: Any, values: Any, scratch: Any = None) -> list[Any]:
+        found = np.empty(2, np.int64)
+        base, read = _base(y, x)
+        given, more = given_calls(values, y.dtype)
+        steps = (_step(base), _step(given))
+        numbers = (sizes.outer, sizes.count, sizes.size, sizes.inner)
+        call = function.bind(y, found, base, indices, given, *steps, *numbers)
+        return [*read, *more, call, partial(_check, found, size, axis)]
+
+    return NativeKernel(calls, contiguous=(False, True, True), aliasing=True, small=small_numpy("put", out))
+
+
+def _fit(out: Spec, indices: Spec, *operands: Any) -> bool:
+    """Whether all has the dtypes that the kernels take for granted."""
+    return indices.dtype == np.int64 and all(not isinstance(x, Spec) or x.dtype == out.dtype for x in operands)
+
+
+def _base(out: Array, x: Any) -> tuple[Array, list[Any]]:
+    """What is written over, row-major, and the calls that bring it there."""
+    if isinstance(x, np.ndarray) and not x.flags.c_contiguous:
+        return out, copy_calls(out, x)
+    return given_calls(x, out.dtype)
+
+
+def _step(operand: Array) -> int:
+    """1 for an array, 0 for a number, which stands for every element."""
+    return min(operand.ndim, 1)
 
 
 def gather_rows(source: Array, indices: Array, out: Array, on_team: bool = True) -> None:
@@ -58,6 +139,8 @@ def gather_rows(source: Array, indices: Array, out: Array, on_team: bool = True)
     Raises:
         IndexError: an index out of range; nothing was written. ValueError: shapes or dtypes that do not fit.
     """
+    if indices.dtype.kind not in "iu" or indices.dtype == np.uint64:
+        raise ValueError(f"indices of rows are integers that fit into int64, not {indices.dtype}")
     if out.dtype != source.dtype or out.shape != indices.shape + source.shape[1:] or indices.ndim != 1:
         raise ValueError(
             f"rows of {source.dtype} {source.shape} by indices of shape {indices.shape} cannot be written into "
