@@ -33,8 +33,8 @@ def python_slice(start: int, step: int, count: int) -> slice:
 def set_slice(out: Array, x: Any, values: Any, scratch: Any = None, *, index: Any, shape: Any) -> None:
     if not same_elements(out, x):
         np.copyto(out, x, casting="unsafe")
-    target = out[(*(python_slice(*entry) for entry in index), ...)]  # a view, even of an array without axes
-    np.copyto(target, values[0] if isinstance(values, np.ndarray) else values, casting="unsafe")
+    at: Any = (*(python_slice(*entry) for entry in index), ...)  # gives a view, even of an array without axes
+    np.copyto(out[at], values[0] if isinstance(values, np.ndarray) else values, casting="unsafe")
 
 
 @kernel("concat")

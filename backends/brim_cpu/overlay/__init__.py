@@ -69,9 +69,9 @@ class NativeKernel:
         )
 
 
-def small_numpy(name: str, out: Spec) -> Callable[..., None] | None:
+def small_numpy(name: str, out: Spec, most_bytes: int = SMALL_BYTES) -> Callable[..., None] | None:
     """NumPy's kernel of an op where its result is small, for ``NativeKernel.small``."""
-    return KERNELS[name].run if out.nbytes <= SMALL_BYTES else None
+    return KERNELS[name].run if out.nbytes <= most_bytes else None
 
 
 OVERLAYS: dict[str, Binder] = {}

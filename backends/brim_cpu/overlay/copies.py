@@ -20,6 +20,9 @@ Call = Callable[[], None]
 
 _COPY = Function("brim_copy", "ppp")
 
+_PLAIN_BYTES = 512 * 1024
+"""NumPy copies runs as fast as one thread can: only what is larger is worth binding several calls in eager code."""
+
 
 def _plan(to: Array, source: Array) -> Array:
     """What ``brim_copy`` reads: the axes larger than 1, merged where they can be, slowest of the target first."""
@@ -41,7 +44,7 @@ def copy_calls(to: Array, source: Array) -> list[Call]:
     source = np.broadcast_to(source, to.shape)
     if not to.size or same_elements(to, source):
         return []
-    forward = (*(slice(None, None, -1 if step < 0 else 1) for step in to.strides), ...)
+    forward: Any = (*(slice(None, None, -1 if step < 0 else 1) for step in to.strides), ...)
     to, source = to[forward], source[forward]
     return [_COPY.bind(to, source, _plan(to, source))]
 
@@ -72,7 +75,7 @@ def set_slice(ins: Sequence[Any], outs: Sequence[Spec], *, index: Any, shape: An
     (out,) = outs
     if any(isinstance(x, Spec) and x.dtype != out.dtype for x in ins):
         return None
-    at = (*(python_slice(*entry) for entry in index), ...)  # a view, even of an array without axes
+    at: Any = (*(python_slice(*entry) for entry in index), ...)  # a view, even of an array without axes
 
     def calls(y: Any, x: Any, values: Any, scratch: Any = None) -> list[Call]:
         x, made = given_calls(x, y.dtype)
@@ -81,25 +84,24 @@ def set_slice(ins: Sequence[Any], outs: Sequence[Spec], *, index: Any, shape: An
         else:
             base = np.broadcast_to(x, y.shape)
             for part in _around(index, y.shape):
-                made += copy_calls(y[(*part, ...)], base[(*part, ...)])
+                made += copy_calls(y[part], base[part])
         values, read = given_calls(values, y.dtype)
         return made + read + copy_calls(y[at], values[0] if values.ndim else values)
 
-    return NativeKernel(calls, aliasing=True, any_output=True, small=small_numpy("set_slice", out))
+    return NativeKernel(calls, aliasing=True, any_output=True, small=small_numpy("set_slice", out, _PLAIN_BYTES))
 
 
-def _around(index: Any, shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+def _around(index: Any, shape: tuple[int, ...]) -> list[Any]:
     """Slices that cover all but the slice, if that is cut from one axis without gaps; else one of everything."""
     cut = [axis for axis, (entry, size) in enumerate(zip(index, shape, strict=True)) if entry != (0, 1, size)]
-    everything = (slice(None),) * len(shape)
     if not cut:
         return []
     if len(cut) > 1 or abs(index[cut[0]][1]) != 1 or index[cut[0]][2] == 0:
-        return [everything]
+        return [...]
     axis, (start, step, count) = cut[0], index[cut[0]]
     first = start if step == 1 else start - count + 1
     sides = (slice(0, first), slice(first + count, shape[axis]))
-    return [(*everything[:axis], side, *everything[axis + 1 :]) for side in sides if side.start != side.stop]
+    return [(*(slice(None),) * axis, side) for side in sides if side.start != side.stop]
 
 
 @overlay("concat")
@@ -118,4 +120,4 @@ def concat(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int) -> NativeKern
             start = stop
         return made
 
-    return NativeKernel(calls, any_output=True, small=small_numpy("concat", out))
+    return NativeKernel(calls, any_output=True, small=small_numpy("concat", out, _PLAIN_BYTES))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +16,16 @@ from brim_cpu.kernels.indexing import check_range
 from brim_cpu.native import Function
 from brim_cpu.overlay import NativeKernel, overlay, small_numpy
 from brim_cpu.overlay.copies import copy_calls, given_calls
+from brim_cpu.registry import KERNELS
 
 __all__ = ["gather_rows"]
 
 Array = np.ndarray[Any, Any]
+
+_PLAIN_BYTES = 256 * 1024
+"""NumPy's take is as fast as one thread can be: only larger results are worth binding a call in eager code."""
+_FEW_INDICES = 16
+"""NumPy writes index by index, which costs a microsecond each: more are worth binding a call in eager code."""
 
 _TAKE = Function("brim_take", "ppppiiii")
 _GATHER_ROWS = Function("brim_gather_rows", "ppppiiii")
@@ -44,7 +50,7 @@ def take(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int) -> NativeKernel
             partial(_check, found, size, axis),
         ]
 
-    return NativeKernel(calls, contiguous=True, small=small_numpy("take", outs[0]))
+    return NativeKernel(calls, contiguous=True, small=small_numpy("take", outs[0], _PLAIN_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,7 @@ def index_add(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int, size: int)
         call = function.bind(y, found, base, indices, values, _step(base), *numbers)
         return [*read, call, partial(_check, found, size, axis)]
 
-    return NativeKernel(calls, contiguous=(False, True, True), aliasing=True, small=small_numpy("index_add", out))
+    return NativeKernel(calls, contiguous=(False, True, True), aliasing=True, small=_few("index_add", indices))
 
 
 @overlay("put")
@@ -107,12 +113,16 @@ def put(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int, size: int) -> Na
         call = function.bind(y, found, base, indices, given, *steps, *numbers)
         return [*read, *more, call, partial(_check, found, size, axis)]
 
-    return NativeKernel(calls, contiguous=(False, True, True), aliasing=True, small=small_numpy("put", out))
+    return NativeKernel(calls, contiguous=(False, True, True), aliasing=True, small=_few("put", indices))
 
 
 def _fit(out: Spec, indices: Spec, *operands: Any) -> bool:
     """Whether all has the dtypes that the kernels take for granted."""
     return indices.dtype == np.int64 and all(not isinstance(x, Spec) or x.dtype == out.dtype for x in operands)
+
+
+def _few(name: str, indices: Spec) -> Callable[..., None] | None:
+    return KERNELS[name].run if indices.size <= _FEW_INDICES else None
 
 
 def _base(out: Array, x: Any) -> tuple[Array, list[Any]]:
