@@ -208,10 +208,22 @@ def test_reductions_of_other_layouts() -> None:
     np.testing.assert_array_equal(run("argmax", last, axis=1, keepdims=False), x.argmax(1))
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "bool"])
+@pytest.mark.parametrize("shape", REDUCED, ids=str)
+def test_positions_in_whole_numbers(shape: tuple[int, ...], dtype: str) -> None:
+    info = np.iinfo(dtype if dtype != "bool" else np.uint8)
+    for low, high in ((0, 2), (info.min, info.max)):
+        x = RNG.integers(low, high, shape, endpoint=True, dtype=info.dtype).astype(dtype)
+        for case in (x, np.full_like(x, low), np.full_like(x, high)):
+            for name, axis in itertools.product(("argmax", "argmin"), (None, *range(len(shape)))):
+                want = numpy_kernel(name, case, axis=axis, keepdims=True)
+                np.testing.assert_array_equal(run(name, case, axis=axis, keepdims=True), want)
+
+
 @pytest.mark.parametrize("name", ["sum", "max", "argmax"])
 def test_what_is_left_to_numpy(name: str) -> None:
     params: dict[str, Any] = {"axis": 0} if name == "argmax" else {"axes": (0,)}
-    for dtype in ("int64", "float16", "bool"):
+    for dtype in ("int16", "float16", "uint64") if name == "argmax" else ("int64", "float16", "bool"):
         assert bound(name, [np.ones((3, 4), dtype)], keepdims=False, **params)[0] is None
     if name == "sum":
         assert bound(name, [np.ones((0, 4), np.float32)], keepdims=False, **params)[0] is None

@@ -1,14 +1,44 @@
-// Sum, largest, smallest and their positions over axes of row-major arrays, float32 and float64.
+// Sum, largest, smallest and their positions over axes of row-major arrays, float32 and float64; positions in integers.
 //
 // Axes side by side are merged, so that every reduction is one of two: of runs, out[a, k] over x[a, r, k, s], r and s
 // folded; or of columns, out[a, j] over x[a, r, j], r folded. Long ones are cut into pieces, whose results are folded
 // in their order.
+#include <limits>
+
 #include "rows.hpp"
 #include "team.hpp"
+
+namespace brim {
+
+template <>
+struct VectorOf<std::uint8_t> {
+    typedef std::uint8_t Type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<i32> {
+    typedef i32 Type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<i64> {
+    typedef i64 Type __attribute__((vector_size(kVectorBytes)));
+};
+
+}  // namespace brim
 
 using namespace brim;
 
 namespace {
+
+// Of integers: there is no infinity to start from.
+template <class T>
+struct LargerWhole : Larger<T> {
+    static constexpr T start() { return std::numeric_limits<T>::min(); }
+};
+
+template <class T>
+struct SmallerWhole : Smaller<T> {
+    static constexpr T start() { return std::numeric_limits<T>::max(); }
+};
 
 constexpr i64 kPiece = 64 * 1024;
 
@@ -101,8 +131,13 @@ bool is_better(T now, T best) {
 // First position of the extreme of a run.
 template <class Op, class T>
 i64 position_of(const T* x, i64 n) {
-    const T best = fold_run<Op>(x, n);
     i64 at = 0;
+    if (n < 64) {  // the fold of a few costs more than looking at each
+        for (i64 i = 1; i < n; i++)
+            if (is_better<Op>(x[i], x[at])) at = i;
+        return at;
+    }
+    const T best = fold_run<Op>(x, n);
     for (; at + 64 <= n; at += 64) {
         int hit = 0;
         for (i64 i = 0; i < 64; i++) hit |= (x[at + i] == best) | (x[at + i] != x[at + i]);
@@ -197,3 +232,9 @@ BRIM_POSITION(Larger, float, argmax_f32)
 BRIM_POSITION(Larger, double, argmax_f64)
 BRIM_POSITION(Smaller, float, argmin_f32)
 BRIM_POSITION(Smaller, double, argmin_f64)
+BRIM_POSITION(LargerWhole, std::uint8_t, argmax_u8)
+BRIM_POSITION(LargerWhole, i32, argmax_i32)
+BRIM_POSITION(LargerWhole, i64, argmax_i64)
+BRIM_POSITION(SmallerWhole, std::uint8_t, argmin_u8)
+BRIM_POSITION(SmallerWhole, i32, argmin_i32)
+BRIM_POSITION(SmallerWhole, i64, argmin_i64)

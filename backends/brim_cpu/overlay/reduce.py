@@ -1,4 +1,4 @@
-"""Sum, max, min, argmax and argmin of float32 and float64 arrays without gaps, whatever the order of their axes."""
+"""Sum, max and min of float32 and float64 arrays without gaps, whatever the order of their axes; argmax and argmin."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ _TYPES = {np.dtype("float32"): "f32", np.dtype("float64"): "f64"}
 _NAMES = [f"{op}_{short}" for op in ("sum", "max", "min") for short in _TYPES.values()]
 _RUNS = {name: Function(f"brim_{name}_runs", "pppiiii") for name in _NAMES}
 _COLUMNS = {name: Function(f"brim_{name}_columns", "pppiii") for name in _NAMES}
-_POSITIONS = [f"{op}_{short}" for op in ("argmax", "argmin") for short in _TYPES.values()]
+_POSITION_TYPES = _TYPES | {np.dtype(np.int32): "i32", np.dtype(np.int64): "i64"}
+_POSITION_TYPES |= {np.dtype(np.uint8): "u8", np.dtype(np.bool_): "u8"}
+_POSITIONS = [f"{op}_{short}" for op in ("argmax", "argmin") for short in _POSITION_TYPES.values()]
 _POSITION_RUNS = {name: Function(f"brim_{name}_runs", "pppii") for name in _POSITIONS}
 _POSITION_COLUMNS = {name: Function(f"brim_{name}_columns", "ppiii") for name in _POSITIONS}
 _SCRATCH = Function("brim_reduce_scratch", "piiii")
@@ -106,11 +108,11 @@ def min_(ins: Sequence[Any], outs: Sequence[Spec], *, axes: tuple[int, ...], kee
 
 def _position(name: str, ins: Sequence[Any], outs: Sequence[Spec], axis: int | None) -> NativeKernel | None:
     (x,) = ins
-    if x.dtype not in _TYPES or not x.size or not outs[0].contiguous:
+    if x.dtype not in _POSITION_TYPES or not x.size or not outs[0].contiguous:
         return None
     first, last = (0, x.ndim) if axis is None else (axis, axis + 1)
     outer, count, inner = (math.prod(x.shape[a:b]) for a, b in ((0, first), (first, last), (last, x.ndim)))
-    function = f"{name}_{_TYPES[x.dtype]}"
+    function = f"{name}_{_POSITION_TYPES[x.dtype]}"
     if inner > 1:
 
         def calls(y: Any, x: Any, scratch: Any = None) -> list[Any]:
