@@ -57,10 +57,13 @@ def pointer(array: np.ndarray[Any, Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
+_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+
+
 class _Word(ctypes.Union):
     """An argument as calls.cpp reads it; the field is the letter of its type."""
 
-    _fields_ = [("p", ctypes.c_void_p), ("i", ctypes.c_int64), ("f", ctypes.c_float), ("d", ctypes.c_double)]
+    _fields_ = list(_TYPES.items())
 
 
 class _Bound(ctypes.Structure):
@@ -138,6 +141,7 @@ class Function:
     def __init__(self, name: str, signature: str) -> None:
         self.name, self.signature = name, signature
         self._found: tuple[Any, int, int] | None = None
+        self._typed: Any = None
 
     def bind(self, *arguments: Any) -> Call:
         """A call with these arguments, which it keeps alive; a number may be a ``ScalarCell``, read at each run."""
@@ -156,6 +160,13 @@ class Function:
         call = Call(run, _Bound(caller, function, ctypes.addressof(words)), words, arguments)
         call.renewals += renewals
         return call
+
+    def call(self, *arguments: Any) -> None:
+        """Call with these arguments at once: a third of the time of binding a call that is made only once."""
+        if self._typed is None:
+            types = [_TYPES[letter] for letter in self.signature]
+            self._typed = ctypes.CFUNCTYPE(None, *types)((self._found or self._find())[2])
+        self._typed(*(pointer(x) if isinstance(x, np.ndarray) else x for x in arguments))
 
     def _find(self) -> tuple[Any, int, int]:
         """What runs calls, and addresses of the caller for this signature and of the function."""

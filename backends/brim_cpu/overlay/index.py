@@ -166,5 +166,5 @@ def gather_rows(source: Array, indices: Array, out: Array, on_team: bool = True)
         return
     found = np.empty(2, np.int64)
     row_bytes = math.prod(source.shape[1:]) * source.itemsize
-    _GATHER_ROWS.bind(out, found, source, order, order.size, row_bytes, len(source), int(on_team))()
+    _GATHER_ROWS.call(out, found, source, order, order.size, row_bytes, len(source), int(on_team))
     _check(found, len(source), 0)
