@@ -97,4 +97,10 @@ def permutation(n: int, *, seed: int, epoch: int) -> np.ndarray[Any, Any]:
         int64 array of shape (n,): each of 0..n-1 once.
     """
     keys = philox(_checked_seed(seed), epoch, _STREAM_SHUFFLE).random_raw(n)
-    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+    # NumPy's fastest sort takes a sixth of the time of its stable one. Without equal keys there is one order only, and
+    # among 64-bit keys equal ones practically never occur.
+    order = np.argsort(keys)
+    keys = keys[order]
+    if (keys[1:] == keys[:-1]).any():
+        order = np.argsort(philox(seed, epoch, _STREAM_SHUFFLE).random_raw(n), kind="stable")
+    return order.astype(np.int64, copy=False)

@@ -19,7 +19,7 @@ from brim.random import permutation
 from brim.spec import Spec, as_dtype
 from brim.units import format_bytes
 
-__all__ = ["ArrayDataset", "Dataset", "collate", "count_classes", "gather", "train_validation_split"]
+__all__ = ["ArrayDataset", "Dataset", "checked_field", "collate", "count_classes", "gather", "train_validation_split"]
 
 
 class Dataset(Protocol):
@@ -93,6 +93,11 @@ class ArrayDataset:
         return np.arange(len(self)) if self._rows is None else self._rows
 
     @property
+    def rows(self) -> Array | None:
+        """As `indices`; None where they are simply all rows in their order."""
+        return self._rows
+
+    @property
     def transforms(self) -> tuple[Transform | None, ...]:
         """One transform, or None, per array."""
         return self._transforms
@@ -152,8 +157,9 @@ class ArrayDataset:
             rows = np.take(self._rows, rows)
         out = []
         for array, transform in zip(self._arrays, self._transforms):
-            field = np.take(array, rows, axis=0)
-            out.append(field if transform is None else _checked(transform(field), len(rows), transform))
+            # Of an array that is not row-major ``take`` would make a copy as a whole first.
+            field = np.take(array, rows, axis=0) if array.flags.c_contiguous else array[rows]
+            out.append(field if transform is None else checked_field(transform(field), len(rows), transform))
         return tuple(out)
 
     def __getitem__(self, index: Any) -> tuple[Array, ...]:
@@ -303,7 +309,8 @@ def _as_indices(indices: Any, length: int) -> Array:
     return out
 
 
-def _checked(field: Any, rows: int, transform: Transform) -> Array:
+def checked_field(field: Any, rows: int, transform: Transform) -> Array:
+    """What a transform made of so many rows. Raises TypeError and ShapeError where it is not an array of them."""
     if not isinstance(field, np.ndarray):
         raise TypeError(f"transform {transform!r} returned {type(field).__name__}, not a NumPy array")
     if field.ndim == 0 or len(field) != rows:

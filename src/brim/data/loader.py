@@ -1,8 +1,8 @@
 """DataLoader: a dataset in batches, epoch by epoch, with (seed, epoch, position) as its whole state.
 
 The order of an epoch is a pure function of the seed and the epoch number, so a run that stops anywhere continues with
-exactly the batches it has not seen. Batches are gathered and transformed on a prefetch thread; they become Tensors on
-the thread that asks for them.
+exactly the batches it has not seen. Batches are gathered (``rows.py``) by the thread that asks for them, or ahead of
+time by a prefetch thread; they become Tensors on the thread that asks for them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from brim.context import context
 from brim.data.dataset import Dataset, gather
 from brim.data.prefetch import Prefetcher
+from brim.data.rows import ArrayReader, Reader, in_memory, reader
 from brim.data.transforms import Array
+from brim.device import Device
+from brim.device import device as find_device
 from brim.errors import CheckpointError, DataError
 from brim.random import permutation
 from brim.spec import Spec, as_dtype
@@ -24,15 +28,17 @@ from brim.tensor import asarray
 
 __all__ = ["DataLoader"]
 
+_AHEAD = 2  # batches that are prefetched where nobody said how many
+_IN_USE = 3  # batches that a training loop holds at a time: this one, the last one, the one in the making
 _SAME = ("num_samples", "batch_size", "shuffle", "drop_last")  # what a position counts in; must not change on resume
 
 
 class DataLoader:
     """Batches of a dataset. Each ``for`` loop over it is one epoch: every sample exactly once, then the next epoch.
 
-    The dataset's reads and transforms run on a thread; they should not share mutable state with the training loop.
-    Leaving a loop early ends that epoch: the next loop starts the next one. Only after `load_state_dict` does a loop
-    start in the middle of an epoch.
+    With prefetching, the dataset's reads and transforms run on a thread; they should not share mutable state with the
+    training loop. Leaving a loop early ends that epoch: the next loop starts the next one. Only after `load_state_dict`
+    does a loop start in the middle of an epoch.
 
     Arguments:
         dataset: an ArrayDataset, or anything with ``len()`` and ``[i]`` (see Dataset).
@@ -40,7 +46,10 @@ class DataLoader:
         shuffle: a new order each epoch, or the dataset's own.
         drop_last: leave the smaller last batch out (with ``shuffle``, other samples each epoch).
         seed: of the order.
-        prefetch: how many batches a thread prepares ahead; 0 prepares each batch when it is asked for.
+        prefetch: how many batches a thread prepares ahead; 0 prepares each batch when it is asked for. None chooses 0
+            where that is a copy of a few microseconds on the CPU's own threads (arrays in memory, brim's own transforms
+            or none, the CPU as the device), since a thread beside a step that uses all processors only gets in its way;
+            else 2: samples read one by one, memory-mapped arrays, transforms of one's own, a GPU.
         device: where the Tensors go; None is the default device.
         to_tensor: False gives NumPy arrays.
 
@@ -56,7 +65,7 @@ class DataLoader:
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
-        prefetch: int = 2,
+        prefetch: int | None = None,
         device: Any = None,
         to_tensor: bool = True,
     ) -> None:
@@ -67,7 +76,7 @@ class DataLoader:
         self.shuffle = bool(shuffle)
         self.drop_last = bool(drop_last)
         self.seed = _integer("seed", seed, at_least=0)
-        self.prefetch = _integer("prefetch", prefetch, at_least=0)
+        self.prefetch = None if prefetch is None else _integer("prefetch", prefetch, at_least=0)
         self.device = device
         self.to_tensor = bool(to_tensor)
         self._num_samples = len(dataset)
@@ -154,17 +163,21 @@ class DataLoader:
         self._resume, self._current = True, None
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        return self._start(self.to_tensor)
+        return self._start(self.to_tensor, self.device)
 
-    def arrays(self) -> Iterator[tuple[Any, ...]]:
-        """One epoch like a ``for`` loop over the loader, but always as NumPy arrays: for steps that are planned."""
-        return self._start(False)
+    def arrays(self, device: Any = None) -> Iterator[tuple[Any, ...]]:
+        """One epoch like a ``for`` loop over the loader, but always as NumPy arrays: for steps that are planned.
 
-    def _start(self, to_tensor: bool) -> Iterator[tuple[Any, ...]]:
+        Arguments:
+            device: where the steps run, if not on the loader's device.
+        """
+        return self._start(False, self.device if device is None else device)
+
+    def _start(self, to_tensor: bool, device: Any) -> Iterator[tuple[Any, ...]]:
         if self._position and not self._resume:  # the last loop was left early
             self._epoch, self._position = self._epoch + 1, 0
         self._resume = False
-        return _Loop(self, to_tensor)
+        return _Loop(self, to_tensor, device)
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled or copied loader goes on where this one is.
@@ -177,28 +190,17 @@ class DataLoader:
         )
 
 
-class _Pass:
-    """The batches of one epoch as a function of their position: all that the prefetch thread knows."""
-
-    def __init__(self, dataset: Dataset, order: Array, batch_size: int) -> None:
-        self._dataset, self._order, self._batch_size = dataset, order, batch_size
-
-    def batch(self, position: int) -> tuple[Array, ...]:
-        start = position * self._batch_size
-        try:
-            return gather(self._dataset, self._order[start : start + self._batch_size])
-        except StopIteration as error:  # would end the consumer's loop as if the epoch were over
-            raise RuntimeError("the dataset or its transform raised StopIteration") from error
-
-
 class _Loop(Iterator[tuple[Any, ...]]):
     """One loop over one epoch, from the loader's position on."""
 
-    def __init__(self, loader: DataLoader, to_tensor: bool) -> None:
+    def __init__(self, loader: DataLoader, to_tensor: bool, device: Any) -> None:
         self._loader, self._epoch, self._position = loader, loader.epoch, loader.position
-        self._stop, self._depth = len(loader), loader.prefetch
-        self._device, self._to_tensor = loader.device, to_tensor
-        self._pass = _Pass(loader.dataset, loader.order(loader.epoch), loader.batch_size)
+        self._stop = len(loader)
+        self._device, self._to_tensor = device, to_tensor
+        self._depth = _depth(loader, device)
+        self._reader: Reader = reader(
+            loader.dataset, loader.order(loader.epoch), loader.batch_size, self._depth + _IN_USE
+        )
         self._worker: Prefetcher[tuple[Array, ...]] | None = None
         self._process = os.getpid()
         self._token = loader._current = object()
@@ -210,9 +212,7 @@ class _Loop(Iterator[tuple[Any, ...]]):
             self._token = object()  # told once
             raise StopIteration
         try:
-            batch: tuple[Any, ...] = self._fetch()
-            if self._to_tensor:
-                batch = tuple(asarray(field, device=self._device) for field in batch)
+            batch = self._tensors() if self._to_tensor else self._arrays()
         except BaseException:
             # Whatever happened, Ctrl-C included, this batch was not received: the next call prepares it again.
             self.close()
@@ -221,11 +221,18 @@ class _Loop(Iterator[tuple[Any, ...]]):
         self._tell(self._epoch, self._position)
         return batch
 
-    def _fetch(self) -> tuple[Array, ...]:
+    def _tensors(self) -> tuple[Any, ...]:
+        if self._depth == 0 and isinstance(self._reader, ArrayReader) and context.interpreter is None:
+            place = find_device(self._device)
+            if _in_host_memory(place):
+                return self._reader.tensors(self._position, place)
+        return tuple([asarray(field, device=self._device) for field in self._arrays()])
+
+    def _arrays(self) -> tuple[Array, ...]:
         if self._depth == 0:
-            return self._pass.batch(self._position)
+            return self._reader.batch(self._position, on_team=True)
         if self._worker is None or self._process != os.getpid():  # threads do not survive a fork
-            self._worker = Prefetcher(self._pass.batch, range(self._position, self._stop), self._depth)
+            self._worker = Prefetcher(self._reader.batch, range(self._position, self._stop), self._depth)
             self._process = os.getpid()
         return self._worker.get()
 
@@ -238,6 +245,17 @@ class _Loop(Iterator[tuple[Any, ...]]):
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+
+def _depth(loader: DataLoader, device: Any) -> int:
+    """How many batches are prefetched."""
+    if loader.prefetch is not None:
+        return loader.prefetch
+    return 0 if in_memory(loader.dataset) and _in_host_memory(find_device(device)) else _AHEAD
+
+
+def _in_host_memory(place: Device) -> bool:
+    return place.backend is not None and place.backend.shares_host_memory
 
 
 def _integer(name: str, value: Any, at_least: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from brim.errors import DataError, ShapeError
 from brim.spec import as_dtype
 
-__all__ = ["Cast", "Compose", "Flatten", "Normalize", "Transform", "transform_config", "transform_from_config"]
+__all__ = ["Cast", "Compose", "Flatten", "Normalize", "Transform", "is_own", "transform_config", "transform_from_config"]
 
 Array = np.ndarray[Any, Any]
 Transform = Callable[[Array], Array]
@@ -158,6 +158,13 @@ class Compose:
 
 
 _KNOWN: dict[str, type[Any]] = {cls.__name__: cls for cls in (Normalize, Flatten, Cast)}
+
+
+def is_own(transform: Transform) -> bool:
+    """Whether a transform is brim's, all its parts included: a few array operations, and nothing else."""
+    if type(transform) is Compose:
+        return all(map(is_own, transform.transforms))
+    return _KNOWN.get(type(transform).__name__) is type(transform)
 
 
 def transform_config(transform: Transform | None) -> dict[str, Any] | None:
