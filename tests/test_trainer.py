@@ -220,13 +220,20 @@ class _SwapsAtStepThree(Callback):
             self.status.write_text("Name: x\nVmSwap:\t   20480 kB\n")
 
 
-def test_swapping_stops_the_training(tmp_path: Path) -> None:
+def test_swapping_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("brim.train.trainer._SWAP_EVERY_S", 0.0)
     fake = _SwapsAtStepThree(tmp_path)
     trainer = _trainer(callbacks=[fake])
     trainer.swap_watch = SwapWatch("error", root=tmp_path)
     with pytest.raises(SwapDetected, match=r"20\.0 MiB .* at step 4"):
         trainer.fit(_data(), epochs=1, batch_size=16)
     assert trainer.step == 4
+    monkeypatch.setattr("brim.train.trainer._SWAP_EVERY_S", 3600.0)  # an epoch's end is looked at in any case
+    fake.status.write_text("Name: x\nVmSwap:\t       0 kB\n")
+    trainer = _trainer(callbacks=[fake])
+    trainer.swap_watch = SwapWatch("error", root=tmp_path)
+    with pytest.raises(SwapDetected, match=r"20\.0 MiB .* at step 6"):
+        trainer.fit(_data(), epochs=1, batch_size=16)
     assert _trainer(on_swap="off").fit(_data(), epochs=1, batch_size=16)
 
 

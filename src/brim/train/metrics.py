@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +18,8 @@ Metric = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], float]
 
 def accuracy(outputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> float:
     """Share of samples whose largest output of shape (N, classes) is at the target (N,)."""
-    return float(np.mean(_scores(outputs, targets).argmax(axis=1) == targets))
+    hits = np.count_nonzero(_scores(outputs, targets).argmax(axis=1) == targets)
+    return hits / len(targets) if len(targets) else math.nan
 
 
 def top5_accuracy(outputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> float:

@@ -95,8 +95,10 @@ class PlannedSteps:
 
     def train(self, inputs: Any, targets: Any, first: bool, last: bool) -> Any:
         """``Steps.train``, planned; what it returns lasts until the next run of any program."""
-        with hinting():
+        try:
             return self._train(inputs, targets, first, last, self.parts)
+        except TraceError as error:
+            raise _with_hint(error) from None
 
     def evaluate(self, inputs: Any, targets: Any) -> Any:
         """``Steps.evaluate``, planned."""
@@ -296,4 +298,8 @@ def hinting() -> Iterator[None]:
     try:
         yield
     except TraceError as error:
-        raise TraceError(f"{error}. Trainer(compile=False) runs it eagerly, without a plan") from None
+        raise _with_hint(error) from None
+
+
+def _with_hint(error: TraceError) -> TraceError:
+    return TraceError(f"{error}. Trainer(compile=False) runs it eagerly, without a plan")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from brim.train.metrics import Averages
 from brim.units import format_bytes, format_duration
 
 __all__ = ["Progress"]
@@ -38,12 +40,13 @@ class Progress:
         self.enabled, self._log = enabled, log
         self._start_s = self._shown_s = time.perf_counter()
         self._seen = 0  # samples since the start of this process
+        self._every_s = _PLAIN_EVERY_S if enabled else math.inf
         self._live: Any = None
         if enabled and sys.stdout.isatty():
             from rich.live import Live
             from rich.text import Text
 
-            self._text = Text
+            self._text, self._every_s = Text, _LIVE_EVERY_S
             self._live = Live(Text(""), refresh_per_second=10, transient=True)
             self._live.start()
 
@@ -51,21 +54,27 @@ class Progress:
         """The first step starts now: what came before is no part of the rate."""
         self._start_s = self._shown_s = time.perf_counter()
 
-    def step(self, epoch: int, position: int, samples: int, values: Mapping[str, float]) -> None:
-        """After a step: ``position`` samples of the epoch are done, ``samples`` of them in this step."""
+    def step(self, epoch: int, position: int, samples: int, averages: Averages) -> float:
+        """After a step: ``position`` samples of the epoch are done, ``samples`` of them in this step.
+
+        Nothing is worked out unless it is shown.
+
+        Returns:
+            The time, of ``time.perf_counter``.
+        """
         self._seen += samples
         now_s = time.perf_counter()
-        every_s = _LIVE_EVERY_S if self._live is not None else _PLAIN_EVERY_S
-        if now_s - self._shown_s < every_s:
-            return
+        if now_s - self._shown_s < self._every_s:
+            return now_s
         self._shown_s = now_s
         left = (self.epochs - epoch) * self.samples - position
         share = f"{100 * position // max(self.samples, 1):3d} %"
-        line = self._line(epoch, values, f"{share}  {self._rate(left)}")
+        line = self._line(epoch, averages.means(), f"{share}  {self._rate(left)}")
         if self._live is not None:
             self._live.update(self._text(line))
-        elif self.enabled:
+        else:
             print(line, flush=True)
+        return now_s
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """After an epoch (counted from 0): its line stays."""

@@ -41,6 +41,7 @@ from brim.units import format_bytes
 __all__ = ["Trainer"]
 
 
+_SWAP_EVERY_S = 0.1  # how often it is read what lies in swap, which takes 30 us
 _SWAP_TOLERANCE_BYTES = 16 * 2**20  # idle pages that the system moves out on its own
 
 
@@ -60,8 +61,8 @@ class Trainer:
         seed: of the order of the samples.
         device: where to train.
         progress: print progress.
-        on_swap: "error", "warn" or "off": what to do when more than 16 MiB of this process move to swap between two
-            steps. The default stops: a run that swaps goes on many times slower.
+        on_swap: "error", "warn" or "off": what to do when more than 16 MiB of this process move to swap within a tenth
+            of a second, looked at between steps and after each epoch. The default stops: a run that swaps goes on many times slower.
         compile: plan each step before the first and replay it; False runs every operation by itself, for debugging
             and for models that cannot be traced. Both train to the same numbers, bit for bit; evaluation and prediction
             differ by rounding, since planned ones fold batch norm into the layer before it.
@@ -278,28 +279,15 @@ class Trainer:
     def _run_epoch(
         self, loader: DataLoader, validation: Any, folder: RunFolder | None, progress: Progress, every: int | None
     ) -> None:
-        start_s, batches = time.perf_counter(), len(loader)
+        start_s = time.perf_counter()
         self.model.train()
-        for inputs, targets in loader.arrays():
-            position = loader.position
-            with give_back_on_refusal():
-                begun = (position - 1) // self.accumulate * self.accumulate
-                self._steps.share = 1.0 / min(self.accumulate, batches - begun)
-                stepped = position % self.accumulate == 0 or position == batches
-                loss = self._batch(inputs, targets, position == begun + 1, stepped)
-                self.step += stepped
-            progress.step(self.epoch, position * loader.batch_size, len(targets), self._averages.means())
-            if not stepped:
-                continue
-            self.swap_watch.check(f"step {self.step}")
-            for callback in self.callbacks:
-                callback.on_step_end(self, loss)
-            if folder is not None and every and self.step % every == 0:
+        with give_back_on_refusal():
+            finished = self._run_steps(loader, folder, progress, every)
+        self.swap_watch.check(f"step {self.step}")
+        if not finished:
+            if folder is not None:
                 self._checkpoint(folder, "last", loader, 2)
-            if self.stopped and position < batches:
-                if folder is not None:
-                    self._checkpoint(folder, "last", loader, 2)
-                return
+            return
         elapsed_s = time.perf_counter() - start_s
         self.elapsed_s += elapsed_s
         record: dict[str, Any] = {
@@ -312,6 +300,32 @@ class Trainer:
             found = self._evaluate(validation, loader.batch_size)
             record |= {f"val_{name}": value for name, value in found.items()}
         self._end_epoch(record, loader, folder, progress, elapsed_s)
+
+    def _run_steps(self, loader: DataLoader, folder: RunFolder | None, progress: Progress, every: int | None) -> bool:
+        """The steps that are left of an epoch; False when ``stop`` ended it early. What is done in each step counts
+        against small models, so that what may wait (reading the memory in swap, showing progress) goes by the clock."""
+        batches, accumulate, steps, callbacks = len(loader), self.accumulate, self._steps, self.callbacks
+        look_s = time.perf_counter() + _SWAP_EVERY_S
+        for inputs, targets in loader.arrays(self.device):
+            position = loader.position
+            begun = (position - 1) // accumulate * accumulate
+            steps.share = 1.0 / min(accumulate, batches - begun)
+            stepped = position % accumulate == 0 or position == batches
+            loss = self._batch(inputs, targets, position == begun + 1, stepped)
+            self.step += stepped
+            now_s = progress.step(self.epoch, position * loader.batch_size, len(targets), self._averages)
+            if not stepped:
+                continue
+            if now_s >= look_s:
+                look_s = now_s + _SWAP_EVERY_S
+                self.swap_watch.check(f"step {self.step}")
+            for callback in callbacks:
+                callback.on_step_end(self, loss)
+            if folder is not None and every and self.step % every == 0:
+                self._checkpoint(folder, "last", loader, 2)
+            if self.stopped and position < batches:
+                return False
+        return True
 
     def _end_epoch(
         self,
@@ -347,7 +361,10 @@ class Trainer:
             except LossNotFinite:
                 raise self._not_finite(inputs) from None
             value = self._steps.loss_value
-            self._averages.add(len(targets), {"loss": value, **self._measure(outputs, targets)})
+            means = {"loss": value}
+            if self.metrics:
+                means |= self._measure(outputs, targets)
+            self._averages.add(len(targets), means)
         return value
 
     def _not_finite(self, inputs: np.ndarray[Any, Any]) -> FloatingPointError:
@@ -374,7 +391,7 @@ class Trainer:
     def _evaluate(self, dataset: Any, batch_size: int) -> dict[str, float]:
         averages = Averages()
         with evaluating(self.model), give_back_on_refusal():
-            for inputs, targets in self._loader(dataset, batch_size, shuffle=False).arrays():
+            for inputs, targets in self._loader(dataset, batch_size, shuffle=False).arrays(self.device):
                 with self._run.exclusive():
                     outputs = self._run.evaluate(inputs, targets)
                     averages.add(len(targets), {"loss": self._steps.loss_value, **self._measure(outputs, targets)})
@@ -390,7 +407,7 @@ class Trainer:
                 starts = range(0, len(inputs), batch_size)
                 batches: Iterable[Any] = (inputs[i : i + batch_size] for i in starts)
             else:
-                batches = (batch[0] for batch in self._loader(inputs, batch_size, shuffle=False).arrays())
+                batches = (batch[0] for batch in self._loader(inputs, batch_size, shuffle=False).arrays(self.device))
             for batch in batches:
                 with self._run.exclusive():
                     outputs.append(np.array(self._run.predict(batch).detach().numpy()))
