@@ -165,7 +165,7 @@ class _Field:
         if self._native is not None and out.nbytes >= _NATIVE_BYTES:
             self._native(self._array, rows, out, on_team)
         elif self._plain:
-            np.take(self._array, rows, axis=0, out=out, mode="wrap")  # checked before: "raise" would copy twice
+            self._array.take(rows, 0, out, "wrap")  # indices were checked: "raise" would copy twice
         else:
             out[...] = self._array[rows]
 

@@ -314,6 +314,7 @@ class Trainer:
             loss = self._batch(inputs, targets, position == begun + 1, stepped)
             self.step += stepped
             now_s = progress.step(self.epoch, position * loader.batch_size, len(targets), self._averages)
+            del inputs, targets  # the next batch is written into the same memory, which is still in the cache
             if not stepped:
                 continue
             if now_s >= look_s:
