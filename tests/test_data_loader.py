@@ -22,6 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import brim.data.loader
+import brim.data.rows
+import brim.random
 from brim.data import (
     ArrayDataset,
     Cast,
@@ -610,7 +612,7 @@ class TestThread:
 
     def test_an_error_in_the_loop_stops_the_thread(self) -> None:
         def use() -> None:
-            for _ in loader_of(numbers(1000)):
+            for _ in loader_of(numbers(1000), prefetch=2):
                 raise KeyError("training failed")
 
         with pytest.raises(KeyError):
@@ -618,7 +620,7 @@ class TestThread:
         assert wait_until(lambda: not prefetch_threads(), 1.0)
 
     def test_an_abandoned_iterator_is_collected(self) -> None:
-        loader = loader_of(numbers(1000))
+        loader = loader_of(numbers(1000), prefetch=2)
         batches = iter(loader)
         next(batches)
         assert len(prefetch_threads()) == 1
@@ -675,14 +677,15 @@ class TestThread:
                 raise interrupt
             return array
 
-        monkeypatch.setattr(brim.data.loader, "asarray", convert)
-        loader = DataLoader(numbers(6), 2, prefetch=prefetch)
+        for module in (brim.data.loader, brim.data.rows):
+            monkeypatch.setattr(module, "asarray", convert)
+        loader = DataLoader(numbers(6, transform=Cast("int64")), 2, prefetch=prefetch)
         batches = iter(loader)
         next(batches)
         with pytest.raises(KeyboardInterrupt):
             next(batches)
         assert loader.position == 1
-        assert seen(batches) == [[2, 3], [4, 5]]
+        assert [np.asarray(batch[0]).tolist() for batch in batches] == [[2, 3], [4, 5]]
 
     @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers on this platform")
     def test_ctrl_c_while_waiting_is_prompt_and_loses_no_batch(self) -> None:
@@ -709,8 +712,9 @@ class TestThread:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="fork is used on Linux only")
     @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-    def test_a_forked_child_goes_on_where_the_parent_is(self) -> None:
-        batches = iter(loader_of(numbers(8), 2, shuffle=True))
+    @pytest.mark.parametrize("prefetch", [0, 2])
+    def test_a_forked_child_goes_on_where_the_parent_is(self, prefetch: int) -> None:
+        batches = iter(loader_of(numbers(8), 2, shuffle=True, prefetch=prefetch))
         first = seen([next(batches)])
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
@@ -728,7 +732,7 @@ class TestThread:
         assert len(first + theirs) == 4
 
     def test_close_stops_the_thread_and_next_starts_another(self) -> None:
-        batches: Any = iter(loader_of(numbers(100), 2))
+        batches: Any = iter(loader_of(numbers(100), 2, prefetch=2))
         next(batches)
         batches.close()
         assert wait_until(lambda: not prefetch_threads(), 1.0)
@@ -739,7 +743,25 @@ class TestThread:
     def test_the_interpreter_ends_with_a_loop_under_way(self) -> None:
         code = (
             "import numpy as np; from brim.data import ArrayDataset, DataLoader\n"
-            "batches = iter(DataLoader(ArrayDataset(np.zeros((1000, 1000))), 10, to_tensor=False)); next(batches)"
+            "data = ArrayDataset(np.zeros((1000, 1000)))\n"
+            "batches = iter(DataLoader(data, 10, to_tensor=False, prefetch=2)); next(batches)"
         )
         done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, env=os.environ)
         assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_equal_keys_of_a_shuffle_keep_the_order_of_a_stable_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = np.random.default_rng(0).integers(0, 5, 3000).astype(np.uint64)
+
+    class Ties:
+        def random_raw(self, n: int) -> np.ndarray[Any, Any]:
+            return keys[:n]
+
+    monkeypatch.setattr(brim.random, "philox", lambda *_: Ties())
+    assert brim.random.permutation(3000, seed=0, epoch=0).tolist() == np.argsort(keys, kind="stable").tolist()
+
+
+def test_the_order_of_an_epoch_is_what_it_always_was() -> None:
+    assert brim.random.permutation(8, seed=3, epoch=2).tolist() == [3, 0, 6, 5, 2, 7, 1, 4]
+    keys = brim.random.philox(9, 4, 1).random_raw(70_000)
+    assert (brim.random.permutation(70_000, seed=9, epoch=4) == np.argsort(keys, kind="stable")).all()

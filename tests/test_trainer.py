@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from brim import data, nn, optim
 from brim.errors import BudgetExceeded, CheckpointError, SwapDetected
 from brim.io import list_checkpoints, read_json, read_jsonl
 from brim.memory.host import SwapWatch
-from brim.train import Callback, EarlyStopping, Trainer
+from brim.train import Callback, EarlyStopping, Trainer, accuracy
+from brim.train.metrics import Averages
 
 
 def _data(count: int = 96) -> data.ArrayDataset:
@@ -248,3 +250,63 @@ def test_the_ledger_knows_what_training_holds() -> None:
     assert stats["by_kind"]["buffers"] - before["buffers"] == sum(b.nbytes for b in trainer.model.buffers())
     assert stats["by_kind"]["activations"] == before["activations"]
     assert sum(stats["by_kind"].values()) == stats["held_bytes"]
+
+
+class _Counted(Callback):
+    """Counts the calls of functions of the data loader and the Trainer from one step to the next."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def _profile(self, frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_globals.get("__name__", "").startswith(("brim.data", "brim.train")):
+            self.calls[-1] += 1
+
+    def on_step_end(self, trainer: Trainer, loss: float) -> None:
+        sys.setprofile(None)
+        self.calls.append(0)
+        sys.setprofile(self._profile)
+
+    def on_epoch_end(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize(("metrics", "most"), [((), 22), (("accuracy",), 26)], ids=["no metrics", "accuracy"])
+def test_a_step_takes_a_few_calls_beside_the_planned_one(metrics: tuple[str, ...], most: int) -> None:
+    counted = _Counted()
+    trainer = _trainer(callbacks=[counted], metrics=metrics)
+    before = sys.getprofile()
+    try:
+        trainer.fit(_data(), 3, batch_size=8)
+    finally:
+        sys.setprofile(before)
+    steps = sorted(counted.calls)
+    assert len(steps) == 3 * 12
+    assert 10 < steps[len(steps) // 2] <= most, "the Trainer works more in each step than it did"
+
+
+def test_averages_are_worked_out_only_to_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+    means = Averages.means
+
+    def noted(self: Averages) -> dict[str, float]:
+        shown.append(self.samples)
+        return means(self)
+
+    monkeypatch.setattr(Averages, "means", noted)
+    _trainer().fit(_data(), 1, batch_size=2)
+    assert shown == [len(_data())]
+    shown.clear()
+    monkeypatch.setattr("brim.train.progress._PLAIN_EVERY_S", 0.0)
+    trainer = _trainer()
+    trainer.progress = True
+    trainer.fit(_data(), 1, batch_size=16)
+    assert len(shown) > len(_data()) // 16
+
+
+def test_accuracy_is_the_mean_of_hits() -> None:
+    rng = np.random.default_rng(0)
+    for count in (1, 3, 7, 100):
+        outputs, targets = rng.normal(size=(count, 4)).astype(np.float32), rng.integers(0, 4, count)
+        assert accuracy(outputs, targets) == float(np.mean(outputs.argmax(axis=1) == targets))
+    assert np.isnan(accuracy(np.zeros((0, 4)), np.zeros(0, np.int64)))

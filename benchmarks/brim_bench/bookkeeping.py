@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,9 @@ class _Times(Callback):
 def _network(sizes: Sequence[int]) -> tuple[nn.Module, optim.Optimizer]:
     brim.manual_seed(0)
     layers: list[nn.Module] = []
-    for a, b in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for a, b in pairwise(sizes[:-1]):
         layers += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(), nn.Dropout(0.2)]
-    model = nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+    model = nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
     return model, optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
@@ -79,7 +80,9 @@ def _median_step_s(seen_s: Sequence[float]) -> float:
     return statistics.median(np.diff(seen_s))
 
 
-def measure(name: str, rounds: int = 5, clock: str = "wall", metrics: Sequence[str] = ("accuracy",)) -> dict[str, float]:
+def measure(
+    name: str, rounds: int = 5, clock: str = "wall", metrics: Sequence[str] = ("accuracy",)
+) -> dict[str, float]:
     """Seconds a step of one of the networks.
 
     Arguments:

@@ -17,7 +17,16 @@ import numpy as np
 from brim.errors import DataError, ShapeError
 from brim.spec import as_dtype
 
-__all__ = ["Cast", "Compose", "Flatten", "Normalize", "Transform", "is_own", "transform_config", "transform_from_config"]
+__all__ = [
+    "Cast",
+    "Compose",
+    "Flatten",
+    "Normalize",
+    "Transform",
+    "is_own",
+    "transform_config",
+    "transform_from_config",
+]
 
 Array = np.ndarray[Any, Any]
 Transform = Callable[[Array], Array]

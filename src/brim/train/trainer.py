@@ -62,7 +62,8 @@ class Trainer:
         device: where to train.
         progress: print progress.
         on_swap: "error", "warn" or "off": what to do when more than 16 MiB of this process move to swap within a tenth
-            of a second, looked at between steps and after each epoch. The default stops: a run that swaps goes on many times slower.
+            of a second (looked at between two steps, and after each epoch). The default stops: a run that swaps goes on
+            many times slower.
         compile: plan each step before the first and replay it; False runs every operation by itself, for debugging
             and for models that cannot be traced. Both train to the same numbers, bit for bit; evaluation and prediction
             differ by rounding, since planned ones fold batch norm into the layer before it.
