@@ -47,6 +47,10 @@ class EagerSteps:
         """Nothing to hold: outputs have memory of their own."""
         return nullcontext()
 
+    def on_host(self, outputs: Any) -> Any:
+        """Outputs as a NumPy array, which keeps their memory."""
+        return outputs.detach().numpy()
+
     def train(self, inputs: Any, targets: Any, first: bool, last: bool) -> Any:
         """``Steps.train``."""
         return self.steps.train(self._tensor(inputs), self._tensor(targets), first, last)
@@ -82,6 +86,10 @@ class PlannedSteps:
     def exclusive(self) -> AbstractContextManager[Any]:
         """Inside, no other thread's step runs on the device: outputs last until the next step, whosever it is."""
         return nullcontext() if self.device.memory is None else self.device.memory.arena.lock
+
+    def on_host(self, outputs: Any) -> Any:
+        """Outputs as a NumPy array; it lasts until the next run of any program, and so keeps no memory."""
+        return outputs.array if outputs.device.backend.shares_host_memory else outputs.detach().numpy()
 
     def on_profile(self, name: str) -> PlannedSteps:
         """The same steps, to be planned for the card that a profile describes; they cannot be run there."""

@@ -380,7 +380,7 @@ class Trainer:
     def _measure(self, outputs: Any, targets: np.ndarray[Any, Any]) -> dict[str, float]:
         if not self.metrics:
             return {}
-        host = outputs.detach().numpy()
+        host = self._run.on_host(outputs)
         return {name: float(metric(host, targets)) for name, metric in self.metrics.items()}
 
     # ---------------------------------------------------------------- using the model
