@@ -73,6 +73,7 @@ LAZY_LIBRARIES = (
     "cupy",
     "cupyx",
     "cyclopts",
+    "importlib",
     "matplotlib",
     "opt_einsum",
     "pooch",
@@ -86,7 +87,7 @@ LAZY_LIBRARIES = (
 LAZY_ENTRIES = ("cli",)
 
 # What `import brim` must not pull in.
-HEAVY_LIBRARIES = ("cupy", "cyclopts", "opt_einsum", "psutil", "rich", "safetensors", "torch")
+HEAVY_LIBRARIES = ("cupy", "cyclopts", "importlib.metadata", "opt_einsum", "psutil", "rich", "safetensors", "torch")
 
 LINES_MAX = 520
 SOURCE_SUFFIXES = (".py", ".pyi", ".cpp", ".hpp", ".c", ".h", ".cu", ".cuh")

@@ -1,7 +1,8 @@
 """What the Trainer adds to a step: loading, metrics, callbacks, progress, checks. `python -m brim_bench.bookkeeping`.
 
-Epochs of ``Trainer.fit`` and of the bare compiled step on one batch that lies ready take turns. The median time of a
-step is told, the least of all rounds, so that what else the machine does disturbs it little.
+Epochs of ``Trainer.fit`` take turns with the bare compiled step, on one batch that lies ready in the cache and on
+batches of a loader. The median time of a step is told, the least of all rounds, so that what else the machine does
+disturbs it little.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise, repeat
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,8 @@ def _network(sizes: Sequence[int]) -> tuple[nn.Module, optim.Optimizer]:
     return model, optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
-def _bare(sizes: Sequence[int], x: Array, y: Array, clock: Callable[[], float]) -> Callable[[int], list[float]]:
-    """``run(n)``: the clock after each of n compiled steps on one batch."""
+def _bare(sizes: Sequence[int], clock: Callable[[], float]) -> Callable[[Iterable[Any]], list[float]]:
+    """``run(batches)``: the clock after each compiled step."""
     model, optimizer = _network(sizes)
 
     def train_step(x: Any, y: Any) -> Any:
@@ -66,11 +67,12 @@ def _bare(sizes: Sequence[int], x: Array, y: Array, clock: Callable[[], float]) 
 
     step = brim.compile(train_step, copy=False)
 
-    def run(count: int) -> list[float]:
+    def run(batches: Iterable[Any]) -> list[float]:
         seen_s = []
-        for _ in range(count):
+        for x, y in batches:
             float(step(x, y))
             seen_s.append(clock())
+            del x, y  # as the Trainer does: the next batch is written into the same memory
         return seen_s
 
     return run
@@ -92,7 +94,7 @@ def measure(
         metrics: the Trainer's.
 
     Returns:
-        {"bare_s": of the compiled step, "trainer_s": of a step in ``Trainer.fit``}.
+        {"bare_s": of the compiled step, "loaded_s": of it with the loader, "trainer_s": of a step in ``Trainer.fit``}.
     """
     sizes, batch = _NETWORKS[name]
     rng = np.random.default_rng(0)
@@ -100,12 +102,15 @@ def measure(
     model, optimizer = _network(sizes)
     times = _Times(_CLOCKS[clock])
     trainer = brim.Trainer(model, optimizer, metrics=metrics, callbacks=[times], progress=False)
-    bare = _bare(sizes, x[:batch].copy(), y[:batch].copy(), _CLOCKS[clock])
-    found: dict[str, list[float]] = {"bare_s": [], "trainer_s": []}
+    bare, dataset = _bare(sizes, _CLOCKS[clock]), data.ArrayDataset(x, y)
+    ready = dataset.batch(range(batch))
+    loader = data.DataLoader(dataset, batch, shuffle=True)
+    found: dict[str, list[float]] = {"bare_s": [], "loaded_s": [], "trainer_s": []}
     for _ in range(rounds):
-        trainer.fit(data.ArrayDataset(x, y), 1, batch_size=batch)
+        trainer.fit(dataset, 1, batch_size=batch)
         found["trainer_s"].append(_median_step_s(times.seen_s))
-        found["bare_s"].append(_median_step_s(bare(_SAMPLES // batch)))
+        found["bare_s"].append(_median_step_s(bare(repeat(ready, len(loader)))))
+        found["loaded_s"].append(_median_step_s(bare(loader.arrays())))
     return {name: min(seconds) for name, seconds in found.items()}
 
 
@@ -121,9 +126,12 @@ def main() -> None:
     for name in _NETWORKS:
         for metrics in ((), ("accuracy",)):
             found = measure(name, options.rounds, options.clock, metrics)
-            bare_us, trainer_us = 1e6 * found["bare_s"], 1e6 * found["trainer_s"]
+            bare, loaded, trainer = (1e6 * found[key] for key in ("bare_s", "loaded_s", "trainer_s"))
             what = f"{name}, metrics {', '.join(metrics) or 'none'}"
-            print(f"{what:30} bare {bare_us:8.1f}   Trainer {trainer_us:8.1f}   more {trainer_us - bare_us:6.1f}")
+            print(
+                f"{what:27} bare {bare:8.1f}   with loader {loaded:8.1f}   Trainer {trainer:8.1f}: "
+                f"{trainer - bare:6.1f} more than bare, {trainer - loaded:6.1f} more than with loader"
+            )
 
 
 if __name__ == "__main__":

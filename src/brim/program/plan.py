@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +384,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, see docs/plan-schema.md."""
+        from importlib.metadata import version  # slow, and for reports alone
+
         return document(self, version("brim"))
 
     def to_json(self, path: str | Path | None = None) -> str:
