@@ -11,6 +11,7 @@ from brim.device import find_backend
 from brim.spec import Spec
 from brim_cpu import native, overlay
 from brim_cpu.registry import KERNELS
+from poison import only
 
 __all__ = ["both", "dense_last", "image", "native_kernel", "run_native", "run_numpy", "spec_of"]
 
@@ -79,7 +80,8 @@ def run_native(
             for out, (_, inner) in zip(outs, rooms, strict=True)
         ]
         scratch = _guarded(kernel.scratch_bytes)
-        kernel.run(made[0] if len(made) == 1 else tuple(made), *given, scratch=scratch[1], **params)
+        with only(*made, *given, scratch[1]):
+            kernel.run(made[0] if len(made) == 1 else tuple(made), *given, scratch=scratch[1], **params)
         assert _untouched(*scratch)
         assert all(_untouched(*room) for room in rooms)
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(given, copies, strict=True))

@@ -23,6 +23,7 @@ from brim_cpu import device as cpu_device
 from brim_cpu import native
 from brim_cpu.overlay import bind_native
 from brim_cpu.registry import KERNELS
+from poison import only
 
 __all__ = ["RNG", "SHAPES", "body", "bound", "channels_last", "close", "needs_library", "normal", "numpy_kernel"]
 __all__ += ["numpy_only", "run", "spec_of"]
@@ -81,8 +82,10 @@ def run(name: str, *ins: Any, outs: list[Spec] | None = None, aligned: bool = Fa
             arrays = tuple(array for array, _, _ in made)
             scratch = np.full(kernel.scratch_bytes, 0xFF, np.uint8)  # NaN, whatever it is read as
             # not kernel.run, which for few elements is NumPy's
-            for call in kernel.prepare(arrays if len(arrays) > 1 else arrays[0], *given, scratch=scratch, **params):
-                call()
+            calls = kernel.prepare(arrays if len(arrays) > 1 else arrays[0], *given, scratch=scratch, **params)
+            with only(*arrays, *given, scratch):
+                for call in calls:
+                    call()
             for _, ahead, behind in made:
                 assert (np.concatenate([ahead, behind]).view(np.uint8) == 77).all(), "written outside of the output"
             results.append([array.copy() for array in arrays])
