@@ -212,8 +212,8 @@ def test_sides_by_name() -> None:
     assert missing("fake_peers:Quick") == ""
     assert missing("no_such_library:Peer") == "no_such_library is not installed"
     for call in (missing, find_side):
-        with pytest.raises(ValueError, match="no peer is called 'jax'; there are brim, torch"):
-            call("jax")
+        with pytest.raises(ValueError, match="no peer is called 'other'; there are brim, jax"):
+            call("other")
     with pytest.raises(ValueError, match="expected a subclass"):
         find_side("fake_peers:Job")
 
@@ -241,6 +241,35 @@ def test_brim_and_torch_compute_the_same(name: str) -> None:
     found, wrong = disagreements(ours, theirs, workload.tolerances)
     assert wrong == []
     assert set(found) == set(workload.tolerances)
+
+
+# Peers whose networks are functions: what they share is written once, so few workloads tell.
+FUNCTIONAL = ["conv_64x1x28_32", "adamw_235k", "mlp_step_b32", "mlp_infer_b1"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+@pytest.mark.parametrize("peer", ["jax", "mlx"])
+@pytest.mark.usefixtures("_own_threads")
+def test_brim_and_functional_peers_compute_the_same(peer: str, name: str) -> None:
+    if why := missing(peer):
+        pytest.skip(why)
+    workload = next(one for one in WORKLOADS if one.name == name)
+    ours, theirs = (
+        {key: digest(value) for key, value in find_side(side)("cpu", 1).build(workload, True).results().items()}
+        for side in ("brim", peer)
+    )
+    found, wrong = disagreements(ours, theirs, workload.tolerances)
+    assert wrong == []
+    assert set(found) == set(workload.tolerances)
+
+
+@pytest.mark.parametrize("peer", ["jax", "mlx"])
+def test_peers_that_are_not_installed_are_named_without_importing_them(peer: str) -> None:
+    package = peer
+    assert missing(peer) in ("", f"{package} is not installed")
+    if missing(peer):
+        with pytest.raises(ImportError):
+            find_side(peer)
 
 
 @pytest.mark.usefixtures("_own_threads")

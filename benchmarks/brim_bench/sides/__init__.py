@@ -17,8 +17,17 @@ SIDES = {
     "torch": "brim_bench.sides.torch_side:Torch",
     "torch_fused": "brim_bench.sides.torch_side:TorchFused",
     "torch_compile": "brim_bench.sides.torch_side:TorchCompile",
+    "jax": "brim_bench.sides.jax_side:Jax",
+    "mlx": "brim_bench.sides.mlx_side:Mlx",
 }
-_PACKAGES = {"brim": "brim", "torch": "torch", "torch_fused": "torch", "torch_compile": "torch"}
+_PACKAGES = {
+    "brim": "brim",
+    "torch": "torch",
+    "torch_fused": "torch",
+    "torch_compile": "torch",
+    "jax": "jax",
+    "mlx": "mlx",
+}
 
 
 def missing(name: str) -> str:

@@ -32,6 +32,7 @@ class Side:
         name: as in ``--vs``.
         import_code: what a user's first line is, for the time to import.
         nn, F: layers and functions by PyTorch's names.
+        checking: the workload that is built is compared, not timed: nothing in it may be random.
     """
 
     name: ClassVar[str] = ""
@@ -41,6 +42,7 @@ class Side:
 
     def __init__(self, device: str = "cpu", threads: int = 1, eager: bool = False) -> None:
         self.device, self.threads, self.eager = device, threads, eager
+        self.checking = False
 
     # ---- what it is
 
@@ -150,6 +152,7 @@ class Side:
 
     def build(self, workload: Workload, checking: bool) -> Job:
         """The workload on this side: by its own method, or by the common builder."""
+        self.checking = checking
         own = getattr(self, workload.kind, None)
         if own is not None:
             return own(**workload.params)

@@ -13,7 +13,7 @@ import numpy as np
 
 from brim_bench.workload import Job, Workload
 
-__all__ = ["WORKLOADS"]
+__all__ = ["WORKLOADS", "dropout_results"]
 
 F4 = 4  # bytes of a float32
 
@@ -48,14 +48,15 @@ def ln(side: Any, checking: bool, n: int, d: int) -> Job:
 
 
 def dropout(side: Any, checking: bool, n: int, d: int) -> Job:
-    """Dropout of a half. Masks differ from library to library; what they must have in common is compared."""
+    """Dropout of a half."""
+    return _layer(side, side.nn.Dropout(0.5), (n, d), dropout_results)
 
-    def results(x: Any, gradient: Any, y: Any, dx: Any) -> dict[str, Any]:
-        kept = y != 0
-        right = np.array_equal(y[kept], 2 * x[kept]) and np.array_equal(dx, np.where(kept, 2 * gradient, 0))
-        return {"share kept": np.asarray([kept.mean()]), "kept values are doubled": np.asarray([float(right)])}
 
-    return _layer(side, side.nn.Dropout(0.5), (n, d), results)
+def dropout_results(x: Any, gradient: Any, y: Any, dx: Any) -> dict[str, Any]:
+    """Masks differ from library to library; what they must have in common is compared."""
+    kept = y != 0
+    right = np.array_equal(y[kept], 2 * x[kept]) and np.array_equal(dx, np.where(kept, 2 * gradient, 0))
+    return {"share kept": np.asarray([kept.mean()]), "kept values are doubled": np.asarray([float(right)])}
 
 
 def conv(side: Any, checking: bool, n: int, c: int, h: int, o: int) -> Job:

@@ -11,11 +11,11 @@ import numpy as np
 from brim_bench.workload import Job, Workload
 from brim_bench.workloads.training import update_since
 
-__all__ = ["WORKLOADS"]
+__all__ = ["SHAPES", "WORKLOADS"]
 
 F4 = 4  # bytes of a float32
 _MLP = (784, 256, 128, 10)
-_SHAPES: dict[str, list[tuple[int, ...]]] = {
+SHAPES: dict[str, list[tuple[int, ...]]] = {
     "10M": [shape for _ in range(30) for shape in ((640, 520), (640,))],
     "235k": [shape for a, b in pairwise(_MLP) for shape in ((b, a), (b,))],
 }
@@ -24,7 +24,7 @@ _SHAPES: dict[str, list[tuple[int, ...]]] = {
 def optim(side: Any, checking: bool, which: str, size: str) -> Job:
     """One update of all parameters; their gradients stay the same."""
     rng = np.random.default_rng(0)
-    parameters = [side.parameter(0.01 * rng.standard_normal(shape, np.float32)) for shape in _SHAPES[size]]
+    parameters = [side.parameter(0.01 * rng.standard_normal(shape, np.float32)) for shape in SHAPES[size]]
     for one in parameters:
         one.grad = side.asarray(0.01 * rng.standard_normal(tuple(one.shape), np.float32))
     step = side.step(side.optimizer(which, parameters).step)
@@ -39,7 +39,7 @@ def optim(side: Any, checking: bool, which: str, size: str) -> Job:
 
 
 def _optim(which: str, size: str, states: int) -> Workload:
-    count = sum(prod(shape) for shape in _SHAPES[size])
+    count = sum(prod(shape) for shape in SHAPES[size])
     name = {"sgd": "SGD with momentum", "adamw": "AdamW"}[which]
     # Read: parameter, gradient, states; written: parameter, states.
     return Workload(
