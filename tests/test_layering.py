@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "units", "context"),
     ("spec", "expr"),
-    ("op", "random", "interop", "precision"),
+    ("op", "random", "interop", "precision", "autocast"),
     ("backend", "io"),
     ("memory",),
     ("device",),

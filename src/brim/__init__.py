@@ -25,6 +25,7 @@ from brim.accounting import (
 from brim.accounting import (
     set_budget as set_budget,
 )
+from brim.autocast import autocast as autocast
 from brim.autograd import backward as backward
 from brim.autograd import enable_grad as enable_grad
 from brim.autograd import grad as grad

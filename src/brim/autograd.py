@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from brim.autocast import suspended
 from brim.context import context, layer_scope, phase_scope, set_grad_enabled
 from brim.errors import BrimError, BudgetExceeded, ShapeError
 from brim.op import Op
@@ -182,7 +183,7 @@ def _walk(
             heapq.heappush(heap, (-node.sequence, node))
         slots[index] = gradient if slots[index] is None else slots[index] + gradient
 
-    with set_grad_enabled(create_graph):
+    with set_grad_enabled(create_graph), suspended():
         for output, gradient in zip(outputs, gradients, strict=True):
             give(_parent(output), gradient)
         gradient = None

@@ -32,6 +32,8 @@ class _Context(threading.local):
     phase: str = "forward"
     interpreter: Any = None  # None: the eager interpreter
     default_device: Any = None  # None: the process-wide default
+    autocast: Any = None  # the casts of ``brim.autocast``; None: ops run as they are written
+    products: str | None = None  # precision of float32 products; None: that of the process
 
 
 context = _Context()

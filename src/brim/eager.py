@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from brim.autocast import suspended
 from brim.autograd import record
 from brim.backend import BoundKernel
 from brim.context import context, set_grad_enabled
@@ -82,7 +83,8 @@ class Eager:
         elif plan.out_specs and not (recording and op.vjp is None and op.kind == "composite" and out is None):
             outputs = self._run(op, plan, args, params, place, out)
         elif op.vjp is None and out is None:
-            return op.body(*args, **params)  # type: ignore[misc]  # its own ops record themselves
+            with suspended():
+                return op.body(*args, **params)  # type: ignore[misc]  # its own ops record themselves
         else:
             outputs = self._run_body(op, args, params, out)
         if recording and op.vjp is not None:
@@ -106,7 +108,7 @@ class Eager:
         if found is None:
             meta = device(META)
             args = [Tensor(i, meta) if isinstance(i, Spec) else i for i in ins]
-            with set_grad_enabled(False):
+            with set_grad_enabled(False), suspended():
                 outputs = op.body(*args, **params)  # type: ignore[misc]
             found = tuple(o.spec for o in (outputs if op.outputs > 1 else (outputs,)))
             if len(self._inferred) >= _KEPT_PLANS:
@@ -197,7 +199,7 @@ class Eager:
         return outputs
 
     def _run_body(self, op: Op, args: Sequence[Any], params: dict[str, Any], out: Any) -> tuple[Tensor, ...]:
-        with set_grad_enabled(False):
+        with set_grad_enabled(False), suspended():
             result = op.body(*args, **params)  # type: ignore[misc]
         outputs = result if op.outputs > 1 else (result,)
         if out is None:

@@ -121,6 +121,8 @@ class Op:
             for arg in args:
                 if isinstance(arg, Expr):
                     return substitute(self.formula, tuple(a if isinstance(a, Expr) else _const(a) for a in args))
+        if context.autocast is not None:
+            args = context.autocast.operands(self.name, args)
         interpreter = context.interpreter
         return (_eager if interpreter is None else interpreter).apply(self, args, params, None)
 

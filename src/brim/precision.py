@@ -3,14 +3,17 @@ convolutions on the CPU term by term, or with fewer multiplications."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from brim.context import baked, modes
+from brim.context import baked, context, modes
 
 __all__ = [
     "conv_params",
     "conv_precision",
     "float32_precision",
+    "float32_products",
     "product_params",
     "set_conv_precision",
     "set_float32_precision",
@@ -42,13 +45,28 @@ def set_float32_precision(name: str) -> None:
 
 
 def float32_precision() -> str:
-    """What ``set_float32_precision`` chose."""
-    return _NAMES[_tf32]
+    """What ``set_float32_precision`` chose, or ``float32_products`` for this thread."""
+    return context.products or _NAMES[_tf32]
+
+
+@contextmanager
+def float32_products(name: str) -> Iterator[None]:
+    """Inside the block and in this thread, what ``set_float32_precision(name)`` would choose for the process."""
+    if name not in _NAMES:
+        raise ValueError(f"the precision of float32 products is 'full' or 'tf32', got {name!r}")
+    before = context.products
+    context.products = name
+    try:
+        yield
+    finally:
+        context.products = before
 
 
 def product_params(dtype: Any) -> dict[str, Any]:
     """Params of a product of this dtype: ``{"tf32": True}`` where that was chosen, else none."""
-    return {"tf32": True} if baked(float32_precision) == "tf32" and dtype.name == "float32" else {}
+    # What the thread chose is no setting that changes between runs: the step itself chose it, or it was traced so.
+    chosen = context.products or baked(float32_precision)
+    return {"tf32": True} if chosen == "tf32" and dtype.name == "float32" else {}
 
 
 def set_conv_precision(name: str) -> None:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from brim import ops, random
+from brim.autocast import as_one
 from brim.errors import ShapeError
 from brim.ops.loss import cross_entropy, huber_loss, l1_loss, mse_loss, nll_loss
 from brim.ops.pool import avg_pool2d, max_pool2d
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 
+@as_one("linear")
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """``x @ weight.T + bias``: x (..., in), weight (out, in), bias (out,) or None."""
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
@@ -101,6 +103,7 @@ def log_softmax(x: Any, dim: int = -1) -> Any:
     return ops.log_softmax(x, axis=dim)
 
 
+@as_one("scaled_dot_product_attention")
 def scaled_dot_product_attention(
     query: Any,
     key: Any,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from brim.autocast import as_one
 from brim.errors import DTypeError, ShapeError
 from brim.op import Op, float_only, primitive
 from brim.ops.arithmetic import astype
@@ -105,6 +106,7 @@ _grad_weight: Op = primitive(
 )
 
 
+@as_one("conv2d")
 def conv2d(
     x: Any, weight: Any, bias: Any = None, *, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from brim.autocast import as_one
 from brim.errors import DTypeError, ShapeError
 from brim.op import Op, composite, float_only, primitive
 from brim.ops.arithmetic import abs as _abs
@@ -156,6 +157,7 @@ def _reduced(losses: Any, kept: Any, target: Any, reduction: str) -> Any:
     return reduce_loss(reshape(losses, target.shape), reduction)
 
 
+@as_one("nll_loss")
 def nll_loss(log_p: Any, target: Any, weight: Any = None, *, ignore_index: int = -100, reduction: str = "mean") -> Any:
     """``-weight[target] * log_p[target]``; its mean is weighted by the class weights.
 
@@ -174,6 +176,7 @@ def nll_loss(log_p: Any, target: Any, weight: Any = None, *, ignore_index: int =
     return _reduced(losses, kept, target, reduction)
 
 
+@as_one("cross_entropy")
 def cross_entropy(
     x: Any,
     target: Any,
@@ -229,6 +232,7 @@ def _same_shape(name: str, x: Any, target: Any) -> tuple[Any, Any]:
     return promote_to_inexact(x), promote_to_inexact(target)
 
 
+@as_one("bce_with_logits")
 def bce_with_logits(x: Any, target: Any, weight: Any = None, *, pos_weight: Any = None, reduction: str = "mean") -> Any:
     """``-(target log sigmoid(x) + (1 - target) log(1 - sigmoid(x)))``, computed without overflow.
 
@@ -247,6 +251,7 @@ def bce_with_logits(x: Any, target: Any, weight: Any = None, *, pos_weight: Any 
     return reduce_loss(values if weight is None else values * weight, reduction)
 
 
+@as_one("mse_loss")
 def mse_loss(x: Any, target: Any, *, reduction: str = "mean") -> Any:
     """``(x - target)^2``."""
     x, target = _same_shape("mse_loss", x, target)
@@ -254,12 +259,14 @@ def mse_loss(x: Any, target: Any, *, reduction: str = "mean") -> Any:
     return reduce_loss(d * d, reduction)
 
 
+@as_one("l1_loss")
 def l1_loss(x: Any, target: Any, *, reduction: str = "mean") -> Any:
     """``|x - target|``."""
     x, target = _same_shape("l1_loss", x, target)
     return reduce_loss(_abs(x - target), reduction)
 
 
+@as_one("huber_loss")
 def huber_loss(x: Any, target: Any, *, delta: float = 1.0, reduction: str = "mean") -> Any:
     """``d^2 / 2`` where ``|d| <= delta`` (d = x - target), else ``delta (|d| - delta / 2)``.
 

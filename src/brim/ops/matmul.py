@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from brim.autocast import as_one
 from brim.errors import DTypeError, ShapeError
 from brim.op import Op, primitive
 from brim.ops.arithmetic import astype, multiply
@@ -68,6 +69,7 @@ def _readable(x: Any) -> Any:
     return x if by_rows or by_columns else x.copy()
 
 
+@as_one("matmul")
 def matmul(x: Any, y: Any) -> Any:
     """Matrix product: ``out[..., i, j] = sum_k x[..., i, k] * y[..., k, j]``.
 

@@ -6,6 +6,7 @@ import builtins
 import math
 from typing import Any
 
+from brim.autocast import as_one, suspended
 from brim.errors import DTypeError, ShapeError
 from brim.op import Op, composite, primitive
 from brim.ops.arithmetic import astype, log, promote_to_inexact, sqrt, square, where
@@ -131,12 +132,14 @@ def sum(x: Any, axis: Any = None, *, dtype: Any = None, keepdims: bool = False) 
         keepdims: keep reduced axes with size 1.
     """
     if dtype is not None:
-        x = astype(x, dtype)
-    elif not is_inexact(x.dtype):
+        with suspended():  # a dtype that is asked for is the result's
+            return _reduce(_sum, astype(x, dtype), axis, keepdims)
+    if not is_inexact(x.dtype):
         x = astype(x, DTYPES["uint64"] if x.dtype.kind == "u" else DTYPES["int64"])
     return _reduce(_sum, x, axis, keepdims)
 
 
+@as_one("mean")
 def mean(x: Any, axis: Any = None, *, keepdims: bool = False) -> Any:
     """Arithmetic mean over axes; integers give float32."""
     x = promote_to_inexact(x)
@@ -163,12 +166,14 @@ def min(x: Any, axis: Any = None, *, keepdims: bool = False) -> Any:
 def prod(x: Any, axis: Any = None, *, dtype: Any = None, keepdims: bool = False) -> Any:
     """Product over axes; dtypes as in ``sum``. The first gradient is right with zeros among the elements too."""
     if dtype is not None:
-        x = astype(x, dtype)
-    elif not is_inexact(x.dtype):
+        with suspended():  # a dtype that is asked for is the result's
+            return _reduce(_prod, astype(x, dtype), axis, keepdims)
+    if not is_inexact(x.dtype):
         x = astype(x, DTYPES["uint64"] if x.dtype.kind == "u" else DTYPES["int64"])
     return _reduce(_prod, x, axis, keepdims)
 
 
+@as_one("var")
 def var(x: Any, axis: Any = None, *, correction: float = 0, keepdims: bool = False) -> Any:
     """Variance: the sum of squared deviations from the mean, over (count - correction); integers give float32.
 
@@ -183,6 +188,7 @@ def var(x: Any, axis: Any = None, *, correction: float = 0, keepdims: bool = Fal
     return _divided(total, count, x)
 
 
+@as_one("std")
 def std(x: Any, axis: Any = None, *, correction: float = 0, keepdims: bool = False) -> Any:
     """Standard deviation: the square root of ``var``."""
     return sqrt(var(x, axis, correction=correction, keepdims=keepdims))

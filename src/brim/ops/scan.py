@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from brim.autocast import suspended
 from brim.errors import ShapeError
 from brim.op import Op, primitive
 from brim.ops.arithmetic import astype
@@ -41,9 +42,11 @@ def cumulative_sum(
     """
     if x.ndim == 0 or (axis is None and x.ndim != 1):
         raise ShapeError(f"cumulative_sum of an array of {x.ndim} axes: name one axis to sum along")
-    if dtype is not None:
-        x = astype(x, dtype)
-    elif not is_inexact(x.dtype):
-        x = astype(x, DTYPES["uint64"] if x.dtype.kind == "u" else DTYPES["int64"])
     along = normalize_axis(0 if axis is None else axis, x.ndim)
-    return _cumulative_sum(x, axis=along, reverse=bool(reverse), include_initial=bool(include_initial))
+    how = {"axis": along, "reverse": bool(reverse), "include_initial": bool(include_initial)}
+    if dtype is not None:
+        with suspended():  # a dtype that is asked for is the result's
+            return _cumulative_sum(astype(x, dtype), **how)
+    if not is_inexact(x.dtype):
+        x = astype(x, DTYPES["uint64"] if x.dtype.kind == "u" else DTYPES["int64"])
+    return _cumulative_sum(x, **how)

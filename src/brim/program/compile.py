@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from brim.autocast import numerics, restored
 from brim.context import context, modes
 from brim.device import META, Device, default_device, process_default
 from brim.device import device as find_device
@@ -289,13 +290,15 @@ class CompiledStep:
         step: Callable[[], CompiledStep | None] = weakref.ref(self) if own else lambda: self
         specs = [_argument_spec(leaf)[0] for leaf in leaves]
         shell = rebuild(arguments, is_argument, specs)
+        state = numerics()
 
         def replan(shapes: list[tuple[int, ...]]) -> Plan:
             others = [Spec(shape, one.dtype) for shape, one in zip(shapes, specs, strict=True)]
             args, kwargs = rebuild(shell, is_argument, others)
             if (found := step()) is None:
                 raise ValueError("the step of this plan is gone: plan it anew with brim.plan")
-            return found._plan(args, kwargs, False)
+            with restored(state):
+                return found._plan(args, kwargs, False)
 
         return replan
 

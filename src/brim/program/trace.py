@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from brim.autocast import numerics, renewed
 from brim.context import context, set_grad_enabled
 from brim.device import Device
 from brim.eager import Eager, check_out
@@ -460,7 +461,9 @@ def trace(
         inputs = [tracer.input(spec.shape, spec.dtype, wants) for spec, wants in specs]
         args, kwargs = rebuild(arguments, is_argument, inputs)
         del inputs
-        box = [fn(*args, **kwargs)]
+        tracer.baked(numerics)
+        with renewed():
+            box = [fn(*args, **kwargs)]
         del args, kwargs  # or this frame would keep the tensors alive that must not outlive the step
         step = tracer.finish(box)
         tracer.find_leaks()
