@@ -2,6 +2,7 @@
 
 from brim.optim.adam import Adam, AdamW
 from brim.optim.clip import clip_grad_norm_, clip_grad_value_
+from brim.optim.grad_scaler import GradScaler
 from brim.optim.optimizer import Optimizer
 from brim.optim.rmsprop import RMSprop
 from brim.optim.schedules import (
@@ -22,6 +23,7 @@ __all__ = [
     "AdamW",
     "CosineAnnealingLR",
     "ExponentialLR",
+    "GradScaler",
     "LinearWarmup",
     "MultiStepLR",
     "OneCycleLR",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from brim.context import host_scalars
+from brim.ops import pow, sqrt
 from brim.ops.update_rules import adam_update, amsgrad_update
 from brim.optim.optimizer import Optimizer, check_range
 from brim.tensor import Tensor
@@ -32,6 +33,7 @@ class Adam(Optimizer):
         ValueError: a setting out of range.
     """
 
+    can_skip: ClassVar[bool] = True
     decoupled: ClassVar[bool] = False
 
     def __init__(
@@ -64,21 +66,16 @@ class Adam(Optimizer):
             check_range("betas", beta, 0.0, 1.0)
 
     def update(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        source = group["source"]
-
-        def corrections() -> tuple[float, float]:
-            state["step"] = step = state.get("step", 0) + 1
-            beta1, beta2 = map(float, source["betas"])
-            return 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
-
-        correction1, root_of_correction2 = host_scalars(corrections, (float, float))
+        correction1, root_of_correction2 = self._corrections(group, state, param)
         beta1, beta2 = group["betas"]
         moments = [self.buffer(state, "exp_avg", param), self.buffer(state, "exp_avg_sq", param)]
         if group["amsgrad"]:
             moments.append(self.buffer(state, "max_exp_avg_sq", param))
         op = amsgrad_update if group["amsgrad"] else adam_update
-        op.into(
-            (param, *moments),
+        self.assign(
+            group,
+            op,
+            [param, *moments],
             param,
             grad,
             *moments,
@@ -92,6 +89,23 @@ class Adam(Optimizer):
             decoupled=self.decoupled,
             maximize=bool(group["maximize"]),
         )
+
+    def _corrections(self, group: dict[str, Any], state: dict[str, Any], param: Tensor) -> tuple[Any, Any]:
+        """1 - beta1^t and sqrt(1 - beta2^t); t counts the steps of this parameter."""
+        if group["finite"] is not None:  # only the device knows which steps count
+            number = self.counted(group, state, param).astype("float64")  # the difference to 1 in full
+            first, second = (1.0 - pow(beta, number) for beta in group["betas"])
+            return first.astype(param.dtype), sqrt(second).astype(param.dtype)
+        self.count_on_host(state)
+        source = group["source"]
+
+        def corrections() -> tuple[float, float]:
+            state["step"] = step = state.get("step", 0) + 1
+            beta1, beta2 = map(float, source["betas"])
+            return 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
+
+        found: tuple[Any, Any] = host_scalars(corrections, (float, float))
+        return found
 
 
 class AdamW(Adam):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from brim.autocast import suspended
 from brim.autograd import no_grad
 from brim.context import baked, context, host_scalars, layer_scope, phase_scope
 from brim.errors import CheckpointError
+from brim.op import Op
+from brim.ops import where
+from brim.spec import Spec, default_float
 from brim.tensor import Tensor, empty
 
 __all__ = ["Optimizer", "check_range", "layer_of"]
@@ -30,7 +34,10 @@ class Optimizer:
     Attributes:
         param_groups: dicts of settings, each with its tensors under "params".
         state: position of a parameter (counted through all groups) -> name -> Tensor or number.
+        can_skip: whether ``update`` writes through ``assign``, so that ``step(finite)`` can leave everything as it is.
     """
+
+    can_skip: ClassVar[bool] = False
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         if isinstance(params, Tensor | Mapping):
@@ -70,14 +77,26 @@ class Optimizer:
         check_range("lr", settings["lr"], 0.0)
         check_range("weight_decay", settings.get("weight_decay", 0.0), 0.0)
 
-    def step(self) -> None:
-        """Update every parameter that has a gradient, in place."""
-        with no_grad(), phase_scope("update"):
+    def step(self, finite: Tensor | None = None) -> None:
+        """Update every parameter that has a gradient, in place.
+
+        Arguments:
+            finite: a bool tensor without axes (``GradScaler`` makes it); where it is False, no parameter and no state
+                changes, and the step does not count. It is not read back.
+
+        Raises:
+            TypeError: ``finite`` is given, and this optimizer cannot skip a step.
+        """
+        if finite is not None and not self.can_skip:
+            raise TypeError(
+                f"{type(self).__name__} cannot skip steps: write new values with self.assign(), and set can_skip = True"
+            )
+        with no_grad(), suspended(), phase_scope("update"):
             baked(lambda: self._changes)
             for group, members in self._members():
                 found = [(i, p, grad) for i, p in members if (grad := p.grad) is not None]
                 if found:
-                    self.update_group(self.settings(group), found)
+                    self.update_group({**self.settings(group), "finite": finite}, found)
 
     def update_group(self, group: dict[str, Any], members: list[tuple[int, Tensor, Tensor]]) -> None:
         """Update one group's parameters: its settings, their positions, themselves and their gradients."""
@@ -86,8 +105,56 @@ class Optimizer:
                 self.update(group, self.state.setdefault(index, {}), param, grad)
 
     def update(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        """Update one parameter; ``group`` is what ``settings`` gave."""
+        """Update one parameter; ``group`` is what ``settings`` gave, and "finite" as ``step`` was given it."""
         raise TypeError(f"{type(self).__name__} must define update()")
+
+    def assign(self, group: dict[str, Any], op: Op, targets: list[Tensor], *operands: Any, **params: Any) -> None:
+        """Write the outputs of an update rule into ``targets``, which stay as they are in a step that is skipped."""
+        finite = group["finite"]
+        if finite is None:
+            op.into(tuple(targets) if op.outputs > 1 else targets[0], *operands, **params)
+            return
+        made = op(*operands, **params)
+        for target, value in zip(targets, made if op.outputs > 1 else (made,), strict=True):
+            where.into(target, finite, value, target)
+
+    def counted(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, before: int = 0) -> Tensor:
+        """The number of this step for a parameter, counted on the device, where a step that is skipped does not count.
+
+        Arguments:
+            before: steps done, where none were counted yet.
+        """
+        count = state.get("step", before)
+        if not isinstance(count, Tensor):
+            known = "step" in state
+
+            def forget() -> None:
+                state.pop("step", None)
+                if known:
+                    state["step"] = count
+
+            if context.interpreter is None:
+                made = _like(param, Spec((), default_float)).write(float(count))
+            else:
+                made = context.interpreter.new_state(
+                    param, float(count), "optimizer", forget, Spec((), default_float)
+                )
+            state["step"] = made
+        counter: Tensor = state["step"]
+        number = counter + 1.0
+        where.into(counter, group["finite"], number, counter)
+        return number
+
+    def count_on_host(self, state: dict[str, Any]) -> None:
+        """Make a number of steps that was counted on the device a plain number again."""
+        count = state.get("step")
+        if isinstance(count, Tensor):
+            tracing, context.interpreter = context.interpreter, None  # it is from before the step that is traced
+            try:
+                state["step"] = 0 if count.device.is_meta else int(count.item())
+            finally:
+                context.interpreter = tracing
+            self._changes += 1
 
     def settings(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group as one step uses it: numbers are floats that are read anew in each run of a planned step.
@@ -132,7 +199,7 @@ class Optimizer:
         """The state tensor of this name, made of zeros in the parameter's shape when it is missing."""
         if name not in state:
             if context.interpreter is None:
-                made = _like(param).write(0.0)
+                made = _like(param, _spec_of(name, param)).write(0.0)
             else:  # it outlives the step that is being recorded, and making it is no part of that step
 
                 def forget() -> None:
@@ -171,14 +238,16 @@ class Optimizer:
         params = [p for _, members in self._members() for _, p in members]
         for index, values in state.items():
             for name, value in values.items():
-                if hasattr(value, "shape") and tuple(value.shape) != params[int(index)].shape:
+                shape = _spec_of(name, params[int(index)]).shape
+                if hasattr(value, "shape") and tuple(value.shape) != shape:
                     raise CheckpointError(
-                        f"{name} of parameter {index}: expected {params[int(index)].shape}, got {tuple(value.shape)}"
+                        f"{name} of parameter {index}: expected {shape}, got {tuple(value.shape)}"
                     )
         before = {(i, name): id(v) for i, name, v in self._tensors()}
         loaded: dict[int, dict[str, Any]] = {
             int(index): {
-                name: _like(params[int(index)]).write(value) if hasattr(value, "shape") else value
+                name: _like(param, _spec_of(name, param)).write(value) if hasattr(value, "shape") else value
+                for param in [params[int(index)]]
                 for name, value in values.items()
             }
             for index, values in state.items()
@@ -231,9 +300,14 @@ def layer_of(param: Tensor) -> str:
     return param._block.record.layer
 
 
-def _like(param: Tensor) -> Tensor:
+def _spec_of(name: str, param: Tensor) -> Spec:
+    """Shape and dtype of a parameter's state of this name: its own, but for a count of steps."""
+    return Spec((), default_float) if name == "step" else Spec(param.shape, param.dtype)
+
+
+def _like(param: Tensor, spec: Spec) -> Tensor:
     """Memory for state, booked as the optimizer's under the parameter's layer."""
-    made = empty(param.shape, dtype=param.dtype, device=param.device, op="optimizer")
+    made = empty(spec.shape, dtype=spec.dtype, device=param.device, op="optimizer")
     return made.book_as("optimizer", layer_of(param))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from brim.ops.update_rules import rmsprop_centered_update, rmsprop_plain_update, rmsprop_update
 from brim.optim.optimizer import Optimizer, check_range
@@ -28,6 +28,8 @@ class RMSprop(Optimizer):
     Raises:
         ValueError: a setting out of range.
     """
+
+    can_skip: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -72,4 +74,5 @@ class RMSprop(Optimizer):
             buffers.append(self.buffer(state, "momentum_buffer", param))
         else:
             op, numbers = rmsprop_plain_update, numbers[:-1]
-        op.into((param, *buffers), param, grad, *buffers, *numbers, maximize=bool(group["maximize"]))
+        operands = (param, grad, *buffers, *numbers)
+        self.assign(group, op, [param, *buffers], *operands, maximize=bool(group["maximize"]))

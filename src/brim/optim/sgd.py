@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, ClassVar
 
 from brim.context import after_step, host_scalar, layer_scope
+from brim.ops import copy, where
 from brim.ops.update_rules import sgd_momentum_update, sgd_update
 from brim.optim.optimizer import Optimizer, check_range, layer_of
 from brim.tensor import Tensor
@@ -37,6 +38,8 @@ class SGD(Optimizer):
     Raises:
         ValueError: a setting out of range.
     """
+
+    can_skip: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -91,8 +94,10 @@ class SGD(Optimizer):
                 # In float64 from here: next to lr, one step's change is often less than float32 resolves.
                 products.append((d.astype(wide) * direction.astype(wide)).sum().astype("float64"))
                 if not group["has_momentum"]:
-                    direction.write(d)
+                    self.assign(group, copy, [direction], d)
         rate = group["lr"] + group["hypergradient"] * reduce(add, products)
+        if group["finite"] is not None:
+            rate = where(group["finite"], rate, group["lr"])
         source = group["source"]
         after_step(rate, lambda value: source.__setitem__("lr", value))
         return rate
@@ -102,30 +107,35 @@ class SGD(Optimizer):
         nesterov, maximize = bool(group["nesterov"]), bool(group["maximize"])
         lr = group["lr"].astype(param.dtype) if isinstance(group["lr"], Tensor) else group["lr"]
         if not group["has_momentum"]:
-            sgd_update.into(param, param, grad, lr, weight_decay, maximize=maximize)
+            self.assign(group, sgd_update, [param], param, grad, lr, weight_decay, maximize=maximize)
             return
         velocity = self.buffer(state, "momentum_buffer", param)
         d = _descent(group, param, grad) if nesterov and group["hypergradient"] is not None else None
-        sgd_momentum_update.into(
-            (param, velocity),
+        self.assign(
+            group,
+            sgd_momentum_update,
+            [param, velocity],
             param,
             grad,
             velocity,
             lr,
             momentum,
-            self._dampening(group, velocity),
+            self._dampening(group, state, param, velocity),
             weight_decay,
             nesterov=nesterov,
             maximize=maximize,
         )
         if d is not None:
-            self.buffer(state, "direction", param).write(d + momentum * velocity)
+            self.assign(group, copy, [self.buffer(state, "direction", param)], d + momentum * velocity)
 
-    def _dampening(self, group: dict[str, Any], velocity: Tensor) -> Any:
+    def _dampening(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, velocity: Tensor) -> Any:
         """The first velocity is d undamped."""
         if not group["has_dampening"]:
             self.first_use(velocity)
             return 0.0
+        if group["finite"] is not None:  # only the device knows which step is the first that counts
+            number = self.counted(group, state, param, before=0 if self.first_use(velocity) else 1)
+            return where(number > 1.0, group["dampening"], 0.0).astype(param.dtype)
         return group["dampening"] * host_scalar(lambda: 0.0 if self.first_use(velocity) else 1.0)
 
 

@@ -231,11 +231,14 @@ class Tracer(Eager):
         """Hand the host a number after each run."""
         self.receivers.append((tensor.detach(), receive))
 
-    def new_state(self, like: Tensor, value: float, category: str, forget: Callable[[], Any]) -> Tensor:
-        """A tensor that outlives the step, in the shape of another, filled with one number before the first run."""
+    def new_state(
+        self, like: Tensor, value: float, category: str, forget: Callable[[], Any], spec: Spec | None = None
+    ) -> Tensor:
+        """A tensor that outlives the step, filled with one number before the first run; in the shape and dtype of
+        another unless ``spec`` states them."""
         record = getattr(like._block, "record", None)
         layer = context.layer if record is None else record.layer
-        spec = Spec(like.shape, like.dtype)
+        spec = Spec(like.shape, like.dtype) if spec is None else spec
         made = Value(spec, "state", category, "state", layer, user_site())
         tensor = self._tensor(made, category)
         self.created.append((made, tensor, value, forget))
