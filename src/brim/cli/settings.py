@@ -35,6 +35,7 @@ class TrainSettings:
     fit: str = "none"
     recompute: str = ""
     activations: str = "none"
+    precision: str = "fp32"
     seed: int = 0
     device: str = "cpu"
     budget: str = "auto"
@@ -59,6 +60,7 @@ _CHOICES = {
     "schedule": ("none", "cosine"),
     "fit": ("none", "recompute", "microbatch"),
     "activations": ("none", "bfloat16"),
+    "precision": ("fp32", "bf16", "fp16", "tf32"),
 }
 _AT_LEAST = {"batch_size": 1, "epochs": 1, "lr": 0, "momentum": 0, "weight_decay": 0, "hypergradient": 0, "seed": 0}
 _ABOVE_ZERO = ("clip_norm", "checkpoint_every")

@@ -124,6 +124,7 @@ def make_trainer(settings: TrainSettings, model: Any, device: Any, loss: Any = N
         fit=None if settings.fit == "none" else settings.fit,  # type: ignore[arg-type]
         recompute=[name.strip() for name in settings.recompute.split(",") if name.strip()],
         activations=None if settings.activations == "none" else settings.activations,
+        precision=settings.precision,  # type: ignore[arg-type]
     )
 
 

@@ -17,6 +17,7 @@ from brim.nn import Module
 from brim.optim import Optimizer, clip_grad_norm_
 from brim.optim.optimizer import layer_of
 from brim.tensor import empty
+from brim.train.precision import Precision
 
 __all__ = ["LossNotFinite", "Steps"]
 
@@ -33,6 +34,7 @@ class Steps:
         clip_norm: clip the norm of all gradients together to this, or None.
         accumulate: batches whose gradients make one step.
         keep_outputs: return the model's outputs from ``train`` and ``evaluate`` (for metrics).
+        precision: name of one of ``brim.train.precision.PRECISIONS``.
 
     Attributes:
         share: weight of the next batch's loss among those whose gradients make one step.
@@ -47,9 +49,12 @@ class Steps:
         clip_norm: float | None = None,
         accumulate: int = 1,
         keep_outputs: bool = False,
+        precision: str = "fp32",
     ) -> None:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.clip_norm, self.accumulate, self.keep_outputs = clip_norm, accumulate, keep_outputs
+        self.precision = Precision(precision, model, optimizer)
+        self.scaler = self.precision.scaler
         self.share = 1.0
         self.loss_value = math.nan
         self._kept: dict[int, Any] = {}  # id of a parameter -> the sum of its gradients so far
@@ -72,21 +77,26 @@ class Steps:
         Raises:
             LossNotFinite: before any weight is changed.
         """
+        with self.precision.whole():
+            return self._train(inputs, targets, first, last, parts)
+
+    def _train(self, inputs: Any, targets: Any, first: bool, last: bool, parts: int) -> Any:
         outputs = []
         total = None
         for x, y, weight in self._micro_batches(inputs, targets, parts):
-            out = self.model(x)
-            loss = self.loss(out, y) if weight == 1.0 else self.loss(out, y) * weight
+            with self.precision.forward():
+                out = self.model(x)
+                loss = self.loss(out, y) if weight == 1.0 else self.loss(out, y) * weight
             if parts == 1:
                 after_step(loss, self._receive_training)
             else:
                 part = loss.detach()
                 total = part if total is None else total + part
             if self.keep_outputs:
-                outputs.append(out.detach())
+                outputs.append(self.precision.readable(out.detach()))
             if not (first and last):
                 loss = loss * host_scalar(lambda: self.share)
-            loss.backward()
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             out = loss = None
         if total is not None:
             after_step(total, self._receive_training)
@@ -110,9 +120,17 @@ class Steps:
             yield inputs[begin:end], targets[begin:end], 1.0 if summed else (end - begin) / N
 
     def _update(self) -> None:
+        params: Any = self.model.parameters()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]  # others stay scaled
         if self.clip_norm is not None:
-            clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
+            clip_grad_norm_(params, self.clip_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad()
 
     def _keep_gradients(self, first: bool, last: bool) -> None:
@@ -156,15 +174,19 @@ class Steps:
 
     def evaluate(self, inputs: Any, targets: Any) -> Any:
         """Loss of a batch; returns the outputs, or None without ``keep_outputs``. The model is in evaluation mode."""
-        with no_grad():
-            outputs = self.model(inputs)
-            after_step(self.loss(outputs, targets), self._receive)
-            return outputs if self.keep_outputs else None
+        with no_grad(), self.precision.whole():
+            with self.precision.forward():
+                outputs = self.model(inputs)
+                loss = self.loss(outputs, targets)
+            after_step(loss, self._receive)
+            return self.precision.readable(outputs) if self.keep_outputs else None
 
     def predict(self, inputs: Any) -> Any:
         """The model's outputs for a batch."""
-        with no_grad():
-            return self.model(inputs)
+        with no_grad(), self.precision.whole():
+            with self.precision.forward():
+                outputs = self.model(inputs)
+            return self.precision.readable(outputs)
 
     def _receive(self, value: float) -> None:
         self.loss_value = float(value)

@@ -22,7 +22,7 @@ from brim.memory.budget import BudgetLike
 from brim.memory.guard import give_back_on_refusal
 from brim.memory.host import SwapWatch
 from brim.nn import CrossEntropyLoss, Module
-from brim.optim import Optimizer, ReduceLROnPlateau
+from brim.optim import GradScaler, Optimizer, ReduceLROnPlateau
 from brim.program.plan import Plan
 from brim.spec import Spec
 from brim.tensor import Tensor, asarray
@@ -73,13 +73,16 @@ class Trainer:
             samples; batch norm normalises each part by itself).
         recompute: names of layers whose activations are computed again in the backward pass in any case.
         activations: dtype in which activations are kept for the backward pass, such as "bfloat16"; None as computed.
+        precision: "fp32", "bf16" (products and activations in bfloat16), "fp16" (the same in float16, with a scale of
+            the loss that adapts itself; steps whose gradients overflow are skipped), or "tf32" (see
+            ``brim.set_float32_precision``). Parameters are float32 in all of them. See ``brim.autocast``.
 
     Attributes:
         history: one dict per epoch: epoch, step, lr, loss, metrics, and with ``val_`` those of the validation.
         epoch, step: epochs and optimizer steps done.
         stopped: why the training ended early, or an empty string.
         interrupted: whether Ctrl-C ended it.
-        options: compile, fit, recompute and activations, as given.
+        options: compile, fit, recompute, activations and precision, as given.
         planned: the plan of the latest ``fit``; None with ``compile=False``.
     """
 
@@ -102,6 +105,7 @@ class Trainer:
         fit: Literal["recompute", "microbatch"] | None = None,
         recompute: Iterable[str] | str = (),
         activations: Any = None,
+        precision: Literal["fp32", "bf16", "fp16", "tf32"] = "fp32",
     ) -> None:
         if accumulate < 1:
             raise ValueError(f"accumulate: expected 1 or more batches, got {accumulate!r}")
@@ -124,9 +128,10 @@ class Trainer:
         self._best: float | None = None
         self._loader_state: dict[str, Any] | None = None
         self.planned: Plan | None = None
-        self._steps = Steps(model, self.loss, optimizer, clip_norm, accumulate, bool(self.metrics))
+        self._steps = Steps(model, self.loss, optimizer, clip_norm, accumulate, bool(self.metrics), precision)
         layers = [recompute] if isinstance(recompute, str) else list(recompute)
         self.options = {"compile": compile, "fit": fit, "recompute": layers, "activations": activations}
+        self.options["precision"] = precision
         if not compile and (fit or layers or activations):
             raise ValueError("fit, recompute and activations are for planned steps; leave compile=False out")
         self._run: EagerSteps | PlannedSteps = (
@@ -134,6 +139,11 @@ class Trainer:
             if compile
             else EagerSteps(self._steps, self.device)
         )
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        """What scales the loss with ``precision="fp16"``."""
+        return self._steps.scaler
 
     # ---------------------------------------------------------------- planning
 
@@ -371,7 +381,8 @@ class Trainer:
 
     def _not_finite(self, inputs: np.ndarray[Any, Any]) -> FloatingPointError:
         self.device.memory.arena.release()  # to run the layers one by one
-        where = first_non_finite(self.model, asarray(inputs, device=self.device))
+        with self._steps.precision.forward():
+            where = first_non_finite(self.model, asarray(inputs, device=self.device))
         return FloatingPointError(
             f"the loss is {self._steps.loss_value} at step {self.step + 1}: {where}; lower the learning rate, or set "
             "clip_norm"
@@ -470,6 +481,8 @@ class Trainer:
         self.history = list(state["history"])
         self.epoch, self.step, self._best = state["epoch"], state["step"], state["best"]
         self.elapsed_s = state["elapsed_s"]
+        if self.scaler is not None and state.get("scaler"):  # a run of another precision has none
+            self.scaler.load_state_dict(state["scaler"])
         self._averages.load_state_dict(state["averages"])
         self._loader_state = state["loader"]
 
@@ -478,6 +491,7 @@ class Trainer:
         state = {
             "optimizer": self.optimizer.state_settings(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
             "random": random.get_state(),
             "loader": None if loader is None else loader.state_dict(),
