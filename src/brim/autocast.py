@@ -66,7 +66,7 @@ KEPT = frozenset((
     "floor", "ceil", "trunc", "round", "relu", "leaky_relu", "sigmoid", "silu", "gelu", "gelu_tanh", "elu",
     "dropout", "max", "min", "max_pool2d", "max_pool2d_pick", "avg_pool2d",
     # float32 inside, whatever comes in
-    "layer_norm", "batch_norm", "causal_softmax",
+    "layer_norm", "batch_norm", "batch_norm_inference", "causal_softmax",
     # movement and what is asked for by dtype
     "astype", "copy", "reshape", "permute_dims", "broadcast_to", "slice", "set_slice", "take", "index_add", "put",
     "positions", "fill", "iota", "triangle", "pick_classes", "put_classes", "argsort", "sort", "transfer",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from brim.autocast import as_one
 from brim.errors import ShapeError
 from brim.op import Op, composite
 from brim.ops.arithmetic import astype, rsqrt
@@ -149,6 +150,7 @@ def batch_norm(x: Any, weight: Any = None, bias: Any = None, *, eps: float = 1e-
     return _batch_norm(x, 1.0 if weight is None else weight, 0.0 if bias is None else bias, eps=float(eps))
 
 
+@as_one("batch_norm_inference")
 def batch_norm_inference(
     x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, *, eps: float = 1e-5
 ) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from brim.autocast import as_one
 from brim.errors import ShapeError
 from brim.op import composite
 from brim.ops.arithmetic import astype, log, promote_to_inexact, where
@@ -91,6 +92,7 @@ def _causal_softmax(x: Any, *, scale: float) -> Any:
     return _softmax(where(_lower_triangle(x), x * scale, -math.inf), axis=x.ndim - 1)
 
 
+@as_one("causal_softmax")
 def causal_softmax(x: Any, *, scale: float = 1.0, visible: Any = None) -> Any:
     """``softmax(x * scale)`` over the last axis, where row r of the last two axes sees only the columns up to r.
 
