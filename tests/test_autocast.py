@@ -253,7 +253,7 @@ def test_gradients_of_gradients() -> None:
 
 def test_a_parameter_is_cast_once_for_as_long_as_it_keeps_its_values() -> None:
     w, x = _tensor(4, 4, grad=True), _tensor(4, 4)
-    for step in range(2):
+    for _ in range(2):
         with brim.autocast("bfloat16"):
             made = F.linear(x, w) + F.linear(2 * x, w) + F.linear(x, w)
             casts = context.autocast._made

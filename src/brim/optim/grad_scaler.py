@@ -27,7 +27,7 @@ class GradScaler:
         with brim.autocast("float16"):
             loss = loss_of(model(x), y)
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)                                # only to clip
+        scaler.unscale_(optimizer)  # only to clip
         optim.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()

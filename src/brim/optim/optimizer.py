@@ -136,9 +136,7 @@ class Optimizer:
             if context.interpreter is None:
                 made = _like(param, Spec((), default_float)).write(float(count))
             else:
-                made = context.interpreter.new_state(
-                    param, float(count), "optimizer", forget, Spec((), default_float)
-                )
+                made = context.interpreter.new_state(param, float(count), "optimizer", forget, Spec((), default_float))
             state["step"] = made
         counter: Tensor = state["step"]
         number = counter + 1.0
@@ -240,9 +238,7 @@ class Optimizer:
             for name, value in values.items():
                 shape = _spec_of(name, params[int(index)]).shape
                 if hasattr(value, "shape") and tuple(value.shape) != shape:
-                    raise CheckpointError(
-                        f"{name} of parameter {index}: expected {shape}, got {tuple(value.shape)}"
-                    )
+                    raise CheckpointError(f"{name} of parameter {index}: expected {shape}, got {tuple(value.shape)}")
         before = {(i, name): id(v) for i, name, v in self._tensors()}
         loaded: dict[int, dict[str, Any]] = {
             int(index): {
