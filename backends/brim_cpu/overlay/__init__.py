@@ -18,7 +18,16 @@ from brim.spec import Scalar, Spec
 from brim_cpu import native
 from brim_cpu.registry import KERNELS
 
-__all__ = ["OVERLAYS", "SMALL_BYTES", "NativeKernel", "bind_native", "overlay", "small_numpy"]
+__all__ = [
+    "HALVES",
+    "OVERLAYS",
+    "SMALL_BYTES",
+    "NativeKernel",
+    "bind_native",
+    "overlay",
+    "overlay_half",
+    "small_numpy",
+]
 
 Call = Callable[[], None]
 Binder = Callable[..., "NativeKernel | None"]
@@ -75,16 +84,26 @@ def small_numpy(name: str, out: Spec, most_bytes: int = SMALL_BYTES) -> Callable
 
 
 OVERLAYS: dict[str, Binder] = {}
+HALVES: dict[str, Binder] = {}
+"""Binders for results of half width, where the one in ``OVERLAYS`` has no kernel for them."""
 
 
 def overlay(*names: str) -> Callable[[Binder], Binder]:
     """Decorator: register the binder of native kernels for these ops; it is called ``f(ins, outs, **params)``."""
+    return _registering(OVERLAYS, names)
 
+
+def overlay_half(*names: str) -> Callable[[Binder], Binder]:
+    """Decorator: the same, for float16 and bfloat16."""
+    return _registering(HALVES, names)
+
+
+def _registering(binders: dict[str, Binder], names: tuple[str, ...]) -> Callable[[Binder], Binder]:
     def register(binder: Binder) -> Binder:
         for name in names:
-            if name in OVERLAYS:
+            if name in binders:
                 raise ValueError(f"a native kernel for {name!r} exists already")
-            OVERLAYS[name] = binder
+            binders[name] = binder
         return binder
 
     return register
@@ -106,4 +125,6 @@ def bind_native(
     if binder is None or not native.available():
         return None
     found = binder(ins, outs, **params)
+    if found is None and name in HALVES and outs[0].dtype.name in ("float16", "bfloat16"):
+        found = HALVES[name](ins, outs, **params)
     return None if found is None else found.bound(len(ins))
