@@ -1,5 +1,5 @@
 """Native products of float16 and bfloat16 against float64 and against NumPy's kernel: shapes around the tiles, either
-order in memory, batches, special values; the same bits with any number of threads, in the scratch that was asked for."""
+order in memory, batches, special values; the same bits with any number of threads, in the scratch asked for."""
 
 from __future__ import annotations
 

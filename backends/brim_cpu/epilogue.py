@@ -1,5 +1,7 @@
-"""A matrix product or convolution with the elementwise formula that follows it, by NumPy: the product is finished in the
-memory of an output, then the formula runs over it in place. (overlay/matmul_epilogue.py has the native kernel.)
+"""A matrix product or convolution with the elementwise formula that follows it, by NumPy.
+
+The product is finished in the memory of an output, then the formula runs over it in place; overlay/matmul_epilogue.py
+has the native kernel.
 
 Computing both panel by panel would keep a panel in the cache, but it adds in another order (OpenBLAS chooses by the
 size of the whole), and was no faster but for very flat products; so the product is made whole.

@@ -49,10 +49,12 @@ struct Signature {
 };
 
 const Signature signatures[] = {
+    {"p", caller<p>},
     {"pi", caller<p, i>},
     {"pp", caller<p, p>},
     {"pii", caller<p, i, i>},
     {"ppi", caller<p, p, i>},
+    {"ppp", caller<p, p, p>},
     {"piii", caller<p, i, i, i>},
     {"ppii", caller<p, p, i, i>},
     {"pppi", caller<p, p, p, i>},
@@ -67,6 +69,9 @@ const Signature signatures[] = {
     {"ppppii", caller<p, p, p, p, i, i>},
     {"pppiiif", caller<p, p, p, i, i, i, f>},
     {"pppiiii", caller<p, p, p, i, i, i, i>},
+    {"ppppiiii", caller<p, p, p, p, i, i, i, i>},
+    {"pppppiiiii", caller<p, p, p, p, p, i, i, i, i, i>},
+    {"pppppiiiiii", caller<p, p, p, p, p, i, i, i, i, i, i>},
     {"ppppppiiiif", caller<p, p, p, p, p, p, i, i, i, i, f>},
     {"ppppppdpdiid", caller<p, p, p, p, p, p, d, p, d, i, i, d>},
     {"ppppppiiiifi", caller<p, p, p, p, p, p, i, i, i, i, f, i>},
