@@ -14,6 +14,7 @@ from brim.cli.app import main
 from brim.io import list_checkpoints, load_checkpoint, read_json
 from brim.precision import float32_products
 from brim.train import Callback, Trainer
+from emulated import device as emulated_device
 
 PRECISIONS = ("fp32", "bf16", "fp16", "tf32")
 over_precisions = pytest.mark.parametrize("precision", PRECISIONS)
@@ -211,6 +212,22 @@ def test_a_model_without_memory_is_planned_in_every_precision() -> None:
             peaks[precision] = trainer.plan(batch_size=4096).peak_bytes
     assert peaks["tf32"] == peaks["fp32"]
     assert max(peaks["bf16"], peaks["fp16"]) < 0.75 * peaks["fp32"]
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_cuda_backend_trains_alike(precision: str) -> None:
+    here, there = _trainer(precision, clip_norm=0.5), _trainer(precision, clip_norm=0.5, device=emulated_device())
+    brim.manual_seed(1)
+    expected = [record["loss"] for record in here.fit(_data(), 2, batch_size=16)]
+    brim.manual_seed(1)
+    found = [record["loss"] for record in there.fit(_data(), 2, batch_size=16)]
+    assert found == pytest.approx(expected, rel=0.02)
+    assert there.planned is not None
+    assert {p.device for p in there.model.parameters()} == {emulated_device()}
+    assert (there.scaler is None) == (precision == "bf16")
+    if there.scaler is not None and here.scaler is not None:
+        assert there.scaler.state_dict() == here.scaler.state_dict()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -30,7 +30,7 @@ __all__ = ["FLOAT32", "KEPT", "LOW", "WIDEST", "Casts", "as_one", "autocast", "n
 #   every device, and round once at the end; a float32 result would only double the activations. (PyTorch lists
 #   layer_norm under float32 and does not list batch_norm; its causal softmax is part of fused attention, low as here.)
 # - mean, var and std are float32 like the sums that they are made of; PyTorch does not list them on CUDA.
-# - exp2, logaddexp, acosh, atanh are float32 like their relatives.
+# - exp2, logaddexp, logsumexp, acosh, atanh are float32 like their relatives; tensordot is low, as the product it is.
 # - 1 / x written as a division keeps its dtype; PyTorch treats it as a reciprocal.
 # - The table is the same on all devices; PyTorch's differs between CUDA and the CPU.
 
