@@ -71,16 +71,15 @@ def matmul_epilogue(
         tables = (counts, operands, lines, constants, bases)
         addresses = np.array([native.pointer(table) for table in tables], np.int64)
         call = function.bind(made[host], a, b, plan.words, addresses)
-        call.keeps += (arrays, tables)  # type: ignore[attr-defined]
-        if not cells:
-            return [call]
+        call.keeps += (arrays, tables)
+        if cells:
 
-        def read_and_call() -> None:
-            for place, dtype, cell in cells:
-                place[0] = dtype.type(cell.value)
-            call()
+            def renew() -> None:
+                for place, dtype, cell in cells:
+                    place[0] = dtype.type(cell.value)
 
-        return [read_and_call]
+            call.renewals.append(renew)
+        return [call]
 
     return NativeKernel(calls)
 
