@@ -76,8 +76,10 @@ def links_of(formula: FusedFormula, scalars: Sequence[bool]) -> list[str]:
 
 UFUNCS: dict[str, Any] = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
 UFUNCS |= {"max": np.maximum, "min": np.minimum, "neg": np.negative, "abs": np.abs, "square": np.square}
-UFUNCS |= {"sqrt": np.sqrt}
-KINDS = [f"{fn}.{kinds}" for fn in chains.BINARY for kinds in ("am", "ac", "ma", "ca", "aa", "mm", "mc", "cm")]
+UFUNCS |= {"sqrt": np.sqrt, "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
+UFUNCS |= {"gt": np.greater, "ge": np.greater_equal}
+PAIRS = ("am", "ac", "ma", "ca", "aa", "mm", "mc", "cm")
+KINDS = [f"{fn}.{kinds}" for fn in (*chains.BINARY, *chains.COMPARISONS) for kinds in PAIRS]
 KINDS += [f"{fn}.{kinds}" for fn in chains.UNARY for kinds in "am"]
 KINDS += [f"{fn}.{kinds}" for fn in ("add", "sub") for kinds in ("amm", "amc", "acm", "mma", "mca", "cma")]
 
@@ -96,6 +98,8 @@ def formula_with(kind: str, constant: float) -> tuple[FusedFormula, Callable[[Ar
         product = builder.call("mul", operands[first : first + 2], F32)
         operands[first : first + 2] = [product]
     last = builder.call(fn, operands, F32)
+    if fn in chains.COMPARISONS:
+        last = builder.call("where", [last, ("in", 1), start], F32)
     if "a" not in letters:
         last = builder.call("neg", [last], F32)  # something that makes it a chain
 
@@ -106,13 +110,16 @@ def formula_with(kind: str, constant: float) -> tuple[FusedFormula, Callable[[Ar
             first = 0 if letters.endswith("a") else 1
             given[first : first + 2] = [given[first] * given[first + 1]]
         result = UFUNCS[fn](*given)
+        if fn in chains.COMPARISONS:
+            result = np.where(result, y, whole)
         return result if "a" in letters else -result
 
     return builder.formula([last[1]]), numpys
 
 
 def test_the_table_of_links_is_the_librarys() -> None:
-    assert sorted([*KINDS, "end", "store", "prefetch", "copy.m"]) == sorted(chains.link_codes())
+    others = ["end", "store", "prefetch", *(f"where.{kinds}" for kinds in CHOICES)]
+    assert sorted([*KINDS, *others]) == sorted(chains.link_codes())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,6 +138,40 @@ def test_every_link(kind: str) -> None:
             alone = np.empty_like(x)
             call_of(formula, [x, y], [alone])()
         assert_same_bits(out, alone)
+
+
+CHOICES = ("mm", "mc", "cm", "cc")
+
+
+@pytest.mark.parametrize("kinds", CHOICES)
+def test_every_choice(kinds: str) -> None:
+    builder = FormulaBuilder([F32, F32])
+    memory: list[Operand] = [("in", 1), ("in", 0)]
+    constants: list[Operand] = [("const", -0.0), ("const", 7.0)]
+    condition = builder.call("lt", [("in", 0), ("in", 1)], F32)
+    operands = [memory.pop() if kind == "m" else constants.pop() for kind in kinds]
+    formula = builder.formula([builder.call("where", [condition, *operands], F32)[1]])
+    assert f"where.{kinds}" in links_of(formula, [False, False])
+    x, y = values(np.random.default_rng(1), (2, 1291))
+    inputs, numbers = [y, x], [F32.type(-0.0), F32.type(7)]
+    given = [inputs.pop() if kind == "m" else numbers.pop() for kind in kinds]
+    out = np.empty_like(x)
+    call_of(formula, [x, y], [out])()
+    assert_same_bits(out, np.where(x < y, *given).astype(F32))
+
+
+def test_a_truth_value_that_others_read_is_no_link() -> None:
+    builder = FormulaBuilder([F32, F32])
+    condition = builder.call("lt", [("in", 0), ("in", 1)], F32)
+    chosen = builder.call("where", [condition, ("in", 0), ("const", 0.0)], F32)
+    twice = builder.call("where", [condition, chosen, ("in", 1)], F32)
+    x, y = values(np.random.default_rng(1), (2, 1291))
+    for outputs in ([twice[1]], [chosen[1], condition[1]]):
+        formula = builder.formula(outputs)
+        assert not any(name.startswith("where") for name in links_of(formula, [False, False]))
+        outs = [np.empty(x.shape, formula.steps[n].dtype) for n in formula.outputs]
+        call_of(formula, [x, y], outs)()
+        assert_same_bits(outs[0], np.where(x < y, x, 0 if len(outs) == 2 else y).astype(F32))
 
 
 # ---- random formulas

@@ -179,10 +179,13 @@ void run_chain_at(const Task& task, const Line* line, char* const* slots, i64 n)
         run_chain(links, tiles);
     }
     if (done == n) return;
-    const i64 skip = done * i64(sizeof(float));
+    auto rest = [&](i64 slot) {
+        const i64 which = slot - task.header->arrays;
+        return slots[slot] + done * (which < 0 ? i64(sizeof(float)) : task.registers[which].itemsize);
+    };
     for (i64 l = 0; l < line->chain; l++) {
         const Line& each = line[l];
-        each.run(slots[each.d] + skip, slots[each.a] + skip, slots[each.b] + skip, slots[each.c] + skip, n - done);
+        each.run(rest(each.d), rest(each.a), rest(each.b), rest(each.c), n - done);
     }
 }
 

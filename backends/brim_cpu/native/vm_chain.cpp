@@ -14,6 +14,8 @@ inline Vector all(float value) {  // not {} + value, which loses the sign of -0
     return r;
 }
 
+typedef int Mask __attribute__((vector_size(kVectorBytes)));
+
 enum Kind { kAcc, kMem, kCon };
 
 template <Kind kind>
@@ -57,6 +59,15 @@ void three(ACCUMULATORS) {
 #undef RESULT
 }
 
+// The accumulator is what a comparison gave: a mask of each lane's bits.
+template <Kind A, Kind B>
+void choose(ACCUMULATORS) {
+#define RESULT(n) \
+    bits_as<Mask>(acc##n) ? operand<A>(acc##n, link->x, at, n) : operand<B>(acc##n, link->y, at, n)
+    NEXT(RESULT);
+#undef RESULT
+}
+
 void store(ACCUMULATORS) {
     char* to = const_cast<char*>(link->x) + at;
 #define STORE(n) *reinterpret_cast<Loose*>(to + n * kVectorBytes) = acc##n
@@ -82,6 +93,7 @@ void end(ACCUMULATORS) {
     struct Name {             \
         static Vector of(Vector x, Vector y) { return expression; } \
     };
+#define COMPARE(Name, expression) TWO(Name, bits_as<Vector>(expression))
 #define ONE(Name, expression) \
     struct Name {             \
         static Vector of(Vector x) { return expression; } \
@@ -93,8 +105,13 @@ TWO(Div, x / y)
 // As vm_float.cpp has them, in the order that the processor's own maximum follows.
 TWO(Max, y != y ? y : y > x ? y : x)
 TWO(Min, y != y ? y : y < x ? y : x)
+COMPARE(Eq, x == y)
+COMPARE(Ne, x != y)
+COMPARE(Lt, x < y)
+COMPARE(Le, x <= y)
+COMPARE(Gt, x > y)
+COMPARE(Ge, x >= y)
 ONE(Neg, -x)
-ONE(Same, x)
 ONE(Square, x* x)
 
 #define LANES(Name, expression)                                 \
@@ -135,7 +152,16 @@ const LinkInstruction kLinkInstructions[] = {{"end", end},
                                              UNARY("abs", Abs),
                                              UNARY("square", Square),
                                              UNARY("sqrt", Sqrt),
-                                             {"copy.m", one<Same, kMem>},
+                                             BINARY("eq", Eq),
+                                             BINARY("ne", Ne),
+                                             BINARY("lt", Lt),
+                                             BINARY("le", Le),
+                                             BINARY("gt", Gt),
+                                             BINARY("ge", Ge),
+                                             {"where.mm", choose<kMem, kMem>},
+                                             {"where.mc", choose<kMem, kCon>},
+                                             {"where.cm", choose<kCon, kMem>},
+                                             {"where.cc", choose<kCon, kCon>},
                                              {nullptr, nullptr}};
 
 void run_chain(const Link* links, i64 tiles) {

@@ -32,7 +32,8 @@ struct Link {
 };
 
 // Names say the function and where its operands come from: a the link before (accumulator), m memory, c a constant;
-// "add.am". "add.amm" is a + m * m, "add.mma" is m * m + a, each product rounded before the sum.
+// "add.am". "add.amm" is a + m * m, "add.mma" is m * m + a, each product rounded before the sum. A comparison leaves a
+// mask, which only "where.mm" ... reads, the choice between its two operands.
 struct LinkInstruction {
     const char* name;
     LinkFn run;

@@ -1,8 +1,8 @@
 """Which lines of an interpreter's program become chains (native/vm_chain.hpp), whose results stay in registers.
 
-A chain is a run of float32 lines of exact arithmetic. Each becomes a link, whose operands are the result of the link
-before (a), memory (m) or a constant (c); a result is stored only where another line reads it later. The results' bits
-are those of the lines by themselves.
+A chain is a run of float32 lines of exact arithmetic, and of comparisons followed by the choice that alone reads them.
+Each becomes a link, whose operands are the result of the link before (a), memory (m) or a constant (c); a result is
+stored only where another line reads it later. The results' bits are those of the lines by themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from brim.expr import FusedFormula, ScalarStep
 from brim_cpu import native
@@ -22,6 +23,7 @@ Line = tuple[int, int, int, int, int]
 
 UNARY = ("neg", "abs", "square", "sqrt")
 BINARY = ("add", "sub", "mul", "div", "max", "min")
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
 @functools.cache
@@ -69,6 +71,10 @@ class _Finder:
         self.lines, self.constants, self.arrays, self.outputs = lines, constants, arrays, outputs
         names = {codes[f"{fn}.f32"]: (fn, arity) for group, arity in ((UNARY, 1), (BINARY, 2)) for fn in group}
         self.kinds = [names.get(line[0]) for line in lines]
+        comparisons = {codes[f"{fn}.f32"]: fn for fn in COMPARISONS}
+        for n, (line, after) in enumerate(pairwise(lines)):
+            if line[0] in comparisons and after[0] == codes["where.4"] and self.is_choice(n):
+                self.kinds[n], self.kinds[n + 1] = (comparisons[line[0]], 2), ("where", 3)
         self.found = Chains()
         start = 0
         while start < len(lines):
@@ -114,13 +120,23 @@ class _Finder:
             and self.readers(n) == [n + 1]
         )
 
+    def is_choice(self, n: int) -> bool:
+        """True for a comparison that only the next line reads, to choose by."""
+        _, mask, *compared, _ = self.lines[n]
+        return (
+            not self.is_output(n)
+            and self.readers(n) == [n + 1]
+            and self.lines[n + 1][2] == mask
+            and any(slot not in self.constants for slot in compared)
+        )
+
     def make(self, start: int, end: int) -> None:
-        """The links of a chain, in groups of one line or of a product and the sum that reads it."""
+        """The links of a chain, in groups: one line, a product and its sum, or a comparison and its choice."""
         groups: list[tuple[int, ...]] = []
         n = start
         while n < end:
-            fused = n > start and n + 1 < end and self.is_product(n)
-            groups.append((n, n + 1) if fused else (n,))
+            pair = self.chooses(n) or (n > start and n + 1 < end and self.is_product(n))
+            groups.append((n, n + 1) if pair else (n,))
             n = groups[-1][-1] + 1
         first = len(self.found.links)
         held: int | None = None  # the slot whose value the accumulator holds
@@ -128,7 +144,8 @@ class _Finder:
             self.link(group, held)
             last = group[-1]
             held = self.lines[last][1]
-            if self.is_output(last) or any(reader not in after for reader in self.readers(last)):
+            passed_on = after[:1] if after and self.chooses(after[0]) else after
+            if self.is_output(last) or any(reader not in passed_on for reader in self.readers(last)):
                 self.emit("store", held, held)
         self.emit("end", 0, 0)
         self.found.at[start] = (end - start, first)
@@ -136,12 +153,24 @@ class _Finder:
         read = {slot for n in range(start, end) for slot in self.operands(n) if slot < self.arrays}
         self.found.streams += [(start, slot) for slot in sorted(read - known)]
 
+    def chooses(self, n: int) -> bool:
+        kind = self.kinds[n]
+        return kind is not None and kind[0] in COMPARISONS
+
+    def letters(self, operands: Sequence[int], held: int | None) -> str:
+        return "".join("a" if slot == held else "c" if slot in self.constants else "m" for slot in operands)
+
     def link(self, group: tuple[int, ...], held: int | None) -> None:
         first, last = group[0], group[-1]
         kind = self.kinds[last]
         assert kind is not None
         operands = self.operands(first)
-        letters = "".join("a" if slot == held else "c" if slot in self.constants else "m" for slot in operands)
+        if kind[0] == "where":
+            self.link((first,), held)
+            _, x, y = self.operands(last)
+            self.emit(f"where.{self.letters((x, y), None)}", x, y)
+            return
+        letters = self.letters(operands, held)
         if len(group) == 2:
             product_first = self.operands(last)[0] == self.lines[first][1]
             letters = f"{letters}a" if product_first else f"a{letters}"
@@ -155,7 +184,8 @@ class _Finder:
 def depth_first(formula: FusedFormula) -> FusedFormula:
     """The formula with its steps in an order in which most results are read by the very next step.
 
-    What a step reads is computed right before it, the larger part first and a product last: links take that along.
+    What a step reads is computed right before it, the larger part first; but last a product or a
+    comparison, which are links together with what reads them.
     """
     steps = formula.steps
     needs = [[which for kind, which in step.args if kind == "step"] for step in steps]
@@ -164,13 +194,17 @@ def depth_first(formula: FusedFormula) -> FusedFormula:
         sizes.append(min(1 + sum(sizes[n] for n in set(need)), 1 << 30))
     order: list[int] = []
     done: set[int] = set()
+
+    def urgency(n: int) -> tuple[bool, int, bool]:
+        return steps[n].fn not in COMPARISONS, sizes[n], steps[n].fn != "mul"
+
     for output in formula.outputs:
         waiting = [output]
         while waiting:
             n = waiting[-1]
             open_ones = [need for need in needs[n] if need not in done]
             if n not in done and open_ones:
-                waiting.append(max(open_ones, key=lambda need: (sizes[need], steps[need].fn != "mul")))
+                waiting.append(max(open_ones, key=urgency))
                 continue
             waiting.pop()
             if n not in done:
