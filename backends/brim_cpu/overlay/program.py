@@ -43,12 +43,13 @@ STREAM_BYTES = 8 * 1024 * 1024
 """Larger outputs are collected in a register and written past the caches (kStreamBytes of simd.hpp)."""
 CHAINS = True
 """False: every line runs by itself. The results are the same; tests compare them."""
-PREFETCH_ELEMENTS = 1 << 17
-"""Chains ask ahead for arrays of at least so many elements: smaller ones are often in a cache near by."""
-PREFETCH_BYTES = 4096
-"""How far ahead; from 2 to 4 KiB an update of parameters in main memory needed 0.65 of the time without."""
-PIECE_ELEMENTS, MAX_PIECES = 16 * 1024, 4096
-"""What one thread takes at a time; more where there would be too many pieces."""
+PREFETCH_ELEMENTS = 1 << 15
+"""Chains ask ahead for arrays of at least so many elements: smaller ones are mostly in a near cache."""
+PREFETCH_BYTES = 3072
+"""How far ahead: from 2 to 4 KiB an update of parameters in main memory takes 0.65 of the time without."""
+PIECE_ELEMENTS, PIECE_BYTES, MAX_PIECES = 16 * 1024, 128 * 1024, 4096
+"""What one thread takes at a time: so many elements, fewer where an element is many bytes, because threads wait
+for each other's last piece; more where there would be too many."""
 MATH_TABLE = 3
 """Number of the table of vm.cpp whose functions differ from NumPy's in their last bits."""
 
@@ -313,7 +314,9 @@ def layout(
     code, chained = np.array(lines, np.int64), np.array(links or [(0, 0, 0, 0)], np.int64)
     native.Function("brim_vm_prepare", "pppp").bind(header, table, code, chained)()
     chunks = int(header[_CHUNKS])
-    piece_elements = max(PIECE_ELEMENTS, size // MAX_PIECES)
+    piece_elements = PIECE_ELEMENTS
+    if size > PIECE_ELEMENTS:
+        piece_elements = max(min(PIECE_ELEMENTS, PIECE_BYTES // sum(itemsizes)), size // MAX_PIECES, _BLOCKS[0])
     piece_chunks = max(1, -(-piece_elements * chunks // max(1, size)))
     return Layout(header, table, places, code, chained, tuple(made.only_chained()), chunks, piece_chunks)
 
