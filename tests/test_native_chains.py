@@ -229,6 +229,27 @@ def test_random_formulas_have_chains() -> None:
     assert sum(length >= 5 for length in lengths) > 30
 
 
+def test_long_formulas_are_several_chains() -> None:
+    """Also where one would be cut between a comparison and its choice."""
+    x = values(np.random.default_rng(6), 1291)
+    for shift in (0, 1):
+        builder = FormulaBuilder([F32])
+        expected, last, outputs = x, ("in", 0), []
+        for n in range(150):
+            if n or not shift:
+                last, expected = builder.call("add", [last, ("const", float(n % 7))], F32), expected + F32.type(n % 7)
+            condition = builder.call("lt", [last, ("const", 200.0)], F32)
+            last = builder.call("where", [condition, last, ("in", 0)], F32)
+            expected = np.where(expected < 200, expected, x)
+            outputs += [last[1]] if n % 10 == 0 else []
+        formula = builder.formula([*outputs, last[1]])
+        assert links_of(formula, [False]).count("end") == 3
+        outs = [np.empty_like(x) for _ in formula.outputs]
+        with np.errstate(all="ignore"):
+            call_of(formula, [x], outs)()
+        assert_same_bits(outs[-1], expected)
+
+
 # ---- layouts, sizes, threads
 
 

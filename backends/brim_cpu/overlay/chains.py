@@ -23,6 +23,8 @@ Line = tuple[int, int, int, int, int]
 
 UNARY = ("neg", "abs", "square", "sqrt")
 BINARY = ("add", "sub", "mul", "div", "max", "min")
+MAX_LINES = 200
+"""Of a chain: with a store for each and what is asked for ahead there is room for its links (kMaxLinks of vm.cpp)."""
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
@@ -79,8 +81,10 @@ class _Finder:
         start = 0
         while start < len(lines):
             end = start
-            while end < len(lines) and self.links_up(end):
+            while end < len(lines) and end - start < MAX_LINES and self.links_up(end):
                 end += 1
+            if end > start and self.chooses(end - 1):  # its choice is in the next chain
+                end -= 1
             if end - start >= 2:
                 self.make(start, end)
             start = max(end, start + 1)

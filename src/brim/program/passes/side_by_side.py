@@ -1,8 +1,9 @@
 """Side by side: small elementwise instructions of one formula that do not depend on each other become one instruction.
 
-A step updates each parameter by an instruction of its own, so a model of 150 parameters runs 150 small ones; each costs
-a launch on a GPU, and a call and the waking of a team of threads on a CPU. The joined instruction runs where the last of
-them ran, which keeps what the earlier ones read alive for longer; that is done only as far as it does not raise the peak.
+A step updates each parameter by an instruction of its own, so a model of 150 parameters runs 150 small ones; each
+costs a launch on a GPU, and a call and the waking of a team of threads on a CPU. The joined instruction runs where the
+last of them ran, which keeps what the earlier ones read alive for longer; that is done only as far as it does not raise
+the peak.
 """
 
 from __future__ import annotations
