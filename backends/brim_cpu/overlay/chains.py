@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from brim.expr import FusedFormula, ScalarStep
+from brim.expr import SCALAR_FUNCTIONS, FusedFormula, ScalarStep
 from brim_cpu import native
 
 __all__ = ["Chains", "Line", "chains_of", "depth_first", "link_codes"]
@@ -71,12 +71,13 @@ class _Finder:
         self, lines: Sequence[Line], codes: Mapping[str, int], constants: Mapping[int, int], arrays: int, outputs: int
     ) -> None:
         self.lines, self.constants, self.arrays, self.outputs = lines, constants, arrays, outputs
-        names = {codes[f"{fn}.f32"]: (fn, arity) for group, arity in ((UNARY, 1), (BINARY, 2)) for fn in group}
-        self.kinds = [names.get(line[0]) for line in lines]
+        self.arity = {code: _arity(name) for name, code in codes.items()}
+        names = {codes[f"{fn}.f32"]: fn for fn in (*UNARY, *BINARY)}
+        self.kinds = [names.get(line[0]) for line in lines]  # the functions of links, None for other lines
         comparisons = {codes[f"{fn}.f32"]: fn for fn in COMPARISONS}
         for n, (line, after) in enumerate(pairwise(lines)):
             if line[0] in comparisons and after[0] == codes["where.4"] and self.is_choice(n):
-                self.kinds[n], self.kinds[n + 1] = (comparisons[line[0]], 2), ("where", 3)
+                self.kinds[n], self.kinds[n + 1] = comparisons[line[0]], "where"
         self.found = Chains()
         start = 0
         while start < len(lines):
@@ -94,9 +95,8 @@ class _Finder:
         return self.kinds[n] is not None and any(slot not in self.constants for slot in self.operands(n))
 
     def operands(self, n: int) -> tuple[int, ...]:
-        kind = self.kinds[n]
-        arity = 3 if kind is None else kind[1]
-        return self.lines[n][2 : 2 + arity]
+        """The slots that a line reads; none for random numbers, whose arguments are no slots."""
+        return self.lines[n][2 : 2 + self.arity.get(self.lines[n][0], 0)]
 
     def readers(self, n: int) -> list[int]:
         """The lines that read a line's result."""
@@ -113,8 +113,7 @@ class _Finder:
 
     def is_product(self, n: int) -> bool:
         """True for a product that is only added to, or subtracted from or by, the result of the line before it."""
-        product, total = self.kinds[n], self.kinds[n + 1]
-        if product != ("mul", 2) or total not in (("add", 2), ("sub", 2)) or self.is_output(n):
+        if self.kinds[n] != "mul" or self.kinds[n + 1] not in ("add", "sub") or self.is_output(n):
             return False
         before, own = self.lines[n - 1][1], self.lines[n][1]
         return (
@@ -158,8 +157,7 @@ class _Finder:
         self.found.streams += [(start, slot) for slot in sorted(read - known)]
 
     def chooses(self, n: int) -> bool:
-        kind = self.kinds[n]
-        return kind is not None and kind[0] in COMPARISONS
+        return self.kinds[n] in COMPARISONS
 
     def letters(self, operands: Sequence[int], held: int | None) -> str:
         return "".join("a" if slot == held else "c" if slot in self.constants else "m" for slot in operands)
@@ -167,9 +165,8 @@ class _Finder:
     def link(self, group: tuple[int, ...], held: int | None) -> None:
         first, last = group[0], group[-1]
         kind = self.kinds[last]
-        assert kind is not None
         operands = self.operands(first)
-        if kind[0] == "where":
+        if kind == "where":
             self.link((first,), held)
             _, x, y = self.operands(last)
             self.emit(f"where.{self.letters((x, y), None)}", x, y)
@@ -178,11 +175,16 @@ class _Finder:
         if len(group) == 2:
             product_first = self.operands(last)[0] == self.lines[first][1]
             letters = f"{letters}a" if product_first else f"a{letters}"
-        self.emit(f"{kind[0]}.{letters}", operands[0], operands[-1])
+        self.emit(f"{kind}.{letters}", operands[0], operands[-1])
 
     def emit(self, name: str, x: int, y: int) -> None:
         number = [-1 - self.constants[slot] if slot in self.constants else slot for slot in (x, y)]
         self.found.links.append((link_codes()[name], number[0], number[1]))
+
+
+def _arity(name: str) -> int:
+    fn = name.partition(".")[0]
+    return SCALAR_FUNCTIONS[fn][0] if fn in SCALAR_FUNCTIONS else 1  # "cast", "copy"
 
 
 def depth_first(formula: FusedFormula) -> FusedFormula:
