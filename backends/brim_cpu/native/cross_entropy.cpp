@@ -24,6 +24,18 @@ float differences(const float* x, float top, i64 n) {
     return sum;
 }
 
+constexpr i64 kBatch = 64;  // rows of which one number each is computed at once
+
+void logarithms(float* totals, i64 n) {
+    BRIM_INDEPENDENT
+    for (i64 i = 0; i < n; i++) totals[i] = log32(totals[i]);
+}
+
+// e^-total; a total is from 0 to log(columns), or NaN.
+void inverses(float* out, const float* totals, i64 n) {
+    map_row(out, totals, n, [](auto v) { return exp_below(-v); });
+}
+
 }  // namespace
 
 // losses, largest scores and logarithms of sums for each row; range[0], range[1]: the smallest and largest class given
@@ -42,9 +54,13 @@ BRIM_EXPORT void brim_cross_entropy_f32(float* losses, float* tops, float* total
     parallel_ranges(rows, rows_per_piece(columns), [=](i64 begin, i64 end) {
         for (i64 r = begin; r < end; r++) {
             const float* from = x + r * columns;
+            tops[r] = top_of(from, columns), totals[r] = exponentials<false>(nullptr, from, tops[r], columns);
+        }
+        logarithms(totals + begin, end - begin);
+        for (i64 r = begin; r < end; r++) {
+            const float *from = x + r * columns, top = tops[r], total = totals[r];
             const i64 given = classes.of(r);
-            const float top = top_of(from, columns), total = log32(exponentials<false>(nullptr, from, top, columns));
-            tops[r] = total != total ? largest_of(from, columns) : top, totals[r] = total;
+            if (total != total) tops[r] = largest_of(from, columns);
             if (given == ignored) {
                 losses[r] = 0;
             } else if (given < 0 || given >= columns) {
@@ -69,13 +85,16 @@ BRIM_EXPORT void brim_cross_entropy_grad_f32(float* out, const float* g, const f
     const float share = smoothing / float(columns);
     const bool streamed = is_streamed<float>(rows * columns, columns);
     parallel_ranges(rows, rows_per_piece(columns), [=](i64 begin, i64 end) {
+        float shares[kBatch];
         for (i64 r = begin; r < end; r++) {
-            const float *from = x + r * columns, top = tops[r], total = totals[r];
-            const i64 given = classes.of(r);
+            const float *from = x + r * columns, top = tops[r];
+            const i64 given = classes.of(r), chosen = given == ignored ? -1 : given;
             const float kept = given == ignored ? 0 : g[r * g_step], taken = kept * (1.0f - smoothing);
-            const i64 chosen = given == ignored ? -1 : given;
+            const i64 in_batch = (r - begin) % kBatch;
+            if (in_batch == 0) inverses(shares, totals + r, end - r < kBatch ? end - r : kBatch);
+            const float scale = kept * shares[in_batch], shift = -kept * share;
             write_run(out + r * columns, columns, streamed, [=](float* to, i64 at, i64 count) {
-                map_row(to, from + at, count, [=](auto v) { return kept * (exp_below(v - top - total) - share); });
+                map_row(to, from + at, count, [=](auto v) { return fma_(exp_below(v - top), scale, shift); });
                 if (chosen >= at && chosen < at + count) to[chosen - at] -= taken;
             });
         }

@@ -34,6 +34,10 @@ inline Vector<float> exp_below(Vector<float> x) {
     for (float c : rest) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     return Vector<float>(_mm512_maskz_scalef_ps(0xffff, p, n));
 }
+
+inline Vector<float> fma_(Vector<float> a, float b, float c) {
+    return Vector<float>(_mm512_fmadd_ps(__m512(a), __m512(spread(b)), __m512(spread(c))));
+}
 #endif
 
 // out[j] = f(x[j]) of a row; `f` takes a number or, where that is worth it, a vector of them.
