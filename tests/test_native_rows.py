@@ -47,6 +47,31 @@ def test_softmax_of_special_numbers(name: str, x: Array) -> None:
     close(run(name, x, **params), body(name, x, **params), 4)
 
 
+def test_powers_in_softmax_are_within_one_unit() -> None:
+    below = -np.sort(RNG.uniform(18, 87, 50000)).astype(np.float32)  # the sum with 1 = e^0 is 1
+    found = run("softmax", np.stack([np.zeros_like(below), below], 1), axis=1)
+    assert (found[:, 0] == 1).all()
+    exact = np.exp(below.astype(np.float64))
+    assert np.max(np.abs(found[:, 1] - exact) / np.spacing(exact.astype(np.float32))) <= 1
+    denormal = np.array([[0, -88], [0, -103], [0, -200], [0, -3e38], [0, -np.inf]], np.float32)
+    found = run("softmax", denormal, axis=1)
+    assert (np.abs(found[:, 1] - np.exp(denormal[:, 1].astype(np.float64))) < np.finfo(np.float32).tiny).all()
+    assert (found[2:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("columns", [15, 16, 17, 33, 63, 64, 65])
+def test_rows_in_registers_agree_with_longer_ones(columns: int) -> None:
+    x, g = normal(9, columns) * 4, normal(9, columns)
+    longer = np.full((9, 80), -np.inf, np.float32)
+    longer[:, :columns] = x
+    y = run("softmax", x, axis=1)
+    np.testing.assert_array_equal(y, run("softmax", longer, axis=1)[:, :columns])
+    wide_y, wide_g = np.zeros((2, 9, 80), np.float32)
+    wide_y[:, :columns], wide_g[:, :columns] = y, g
+    wide = run("softmax_grad", wide_g, wide_y, axis=1)
+    np.testing.assert_array_equal(run("softmax_grad", g, y, axis=1), wide[:, :columns])
+
+
 def test_softmax_in_place_and_with_strides() -> None:
     x = normal(37, 130)
     want = run("softmax", x, axis=1)
@@ -113,6 +138,18 @@ def test_cross_entropy_of_special_numbers(x: Array) -> None:
     index, how = np.arange(len(x)), {"ignore_index": -100, "smoothing": 0.0}
     for got, want in zip(run("cross_entropy", x, index, **how), body("cross_entropy", x, index, **how), strict=True):
         close(got, want, 4)
+
+
+def test_large_gradients_of_cross_entropy() -> None:
+    rows, columns = 44, 50257  # written past the caches; rows begin anywhere in a cache line
+    x, index, g = normal(rows, columns), RNG.integers(0, columns, rows), normal(rows)
+    how = {"ignore_index": -100, "smoothing": 0.1}
+    _, top, total = run("cross_entropy", x, index, **how)
+    for aligned in (True, False):
+        got = run("cross_entropy_grad", g, x, index, top, total, aligned=aligned, **how)
+        for part in (slice(0, 3), slice(40, 44)):
+            want = run("cross_entropy_grad", g[part], x[part], index[part], top[part], total[part], **how)
+            np.testing.assert_array_equal(got[part], want)
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, 2**40])
@@ -234,11 +271,11 @@ def test_what_is_left_to_numpy(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 127, 128, 129, 5000, 100003])
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 127, 255, 256, 257, 5000, 100003])
 def test_dropout(n: int, dtype: Any) -> None:
     x = normal(n, dtype=dtype)
     x[::5] = np.nan
-    for p in (0.0, 0.3, 0.999, 1.0):
+    for p in (0.0, 1e-9, 0.3, 0.999, 1 - 2**-26, 1.0):
         for seed, counter in ((0, 0), (1234, 77), (2**64 - 1, 2**40)):
             u = np.random.Generator(philox(seed, counter)).random(n, dtype=np.float32)
             scale = dtype(1 / (1 - p) if p < 1 else 0)
