@@ -94,9 +94,9 @@ void columns_of(i64 depth, const T* a, i64 down, i64 along, const T* b, i64 ldb,
             for (int v = 0; v < vectors; v++) store(c + i * ldc + v * lanes, sum[i][v]);
         return;
     }
-    if constexpr (vectors > 1) {  // the rest: one vector after the other
-        for (i64 j = 0; j < columns; j += lanes)
-            columns_of<T, R, 1>(depth, a, down, along, b + j, ldb, c + j, ldc, columns - j);
+    if constexpr (vectors > 1) {  // the rest: half as many at once
+        for (i64 j = 0; j < columns; j += vectors / 2 * lanes)
+            columns_of<T, R, vectors / 2>(depth, a, down, along, b + j, ldb, c + j, ldc, columns - j);
     } else {
         for (i64 k = 0; k < depth; k++) {
             const V row = load_part(b + k * ldb, columns);

@@ -163,7 +163,8 @@ def _tiles(m: int, n: int, k: int, batch: int, itemsize: int) -> tuple[int, int,
         pieces = max(2 if work >= 2 * PIECE_OPERATIONS else 1, min(64, work // TILE_OPERATIONS))
     cuts = (pieces - 1).bit_length()  # halvings; more pieces than asked for rather than less
     halvings = range(1) if m <= FEW_ROWS else range(cuts + 1)
-    tiles = [(_cut(m, 1 << down, 12), _cut(n, 1 << (cuts - down), 32)) for down in halvings]
+    wide = 128 if m <= FEW_ROWS else 32  # few rows: what the registers hold of a row of B, else a packed panel
+    tiles = [(_cut(m, 1 << down, 12), _cut(n, 1 << (cuts - down), wide)) for down in halvings]
     return *min(tiles, key=lambda tile: _cost(m, n, *tile)), 1
 
 
