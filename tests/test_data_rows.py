@@ -314,3 +314,16 @@ def test_batches_made_while_a_step_is_traced_are_constants_of_it() -> None:
         return next(iter(loader))[0].sum()
 
     assert float(brim.compile(total)()) == float(np.repeat(np.arange(BATCH), WIDTH).sum())
+
+
+def test_without_reference_counts_nothing_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    unused = brim.data.rows._UNUSED
+    monkeypatch.setattr(brim.data.rows, "_UNUSED", -1)
+    pieces: _Reused[list[int]] = _Reused(list, 4)
+    assert len({id(piece) for piece in [pieces.take() for _ in range(9)]}) == 9
+    assert pieces._kept == []
+    if unused > 0:
+        monkeypatch.setattr(brim.data.rows, "_UNUSED", unused)
+        assert brim.data.rows._in_use_is_seen()
+        monkeypatch.setattr(brim.data.rows, "_UNUSED", unused + 1)  # what a piece counts that somebody holds
+        assert not brim.data.rows._in_use_is_seen()

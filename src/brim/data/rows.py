@@ -65,6 +65,16 @@ class _Reused(Generic[T]):
         return made
 
 
+def _in_use_is_seen() -> bool:
+    pieces: _Reused[list[int]] = _Reused(list, 2)
+    held = pieces.take()
+    return pieces.take() is not held
+
+
+if not _in_use_is_seen():  # another Python may count in another way: then nothing is used again
+    _UNUSED = -1
+
+
 class Reader:
     """Batches of any dataset by their position in an epoch.
 
