@@ -12,6 +12,7 @@ import brim
 from brim import nn
 from brim.op import REGISTRY
 from brim.spec import Spec
+from brim_cpu import native
 from brim_cuda import backend
 from brim_cuda.cublaslt import ComputeType
 from brim_cuda.launch import Product
@@ -137,8 +138,7 @@ def test_fast_convolutions_are_close(dtype: str, stride: int) -> None:
     brim.set_conv_precision("fast")
     fast = nn.functional.conv2d(x, w, stride=stride, padding=1).numpy()
     np.testing.assert_allclose(fast, exact, rtol=0, atol=2e-5 * np.abs(exact).max())
-    has_kernel = brim.device("cpu").backend.native_status().startswith(("none", "off")) is False
-    assert np.array_equal(fast, exact) is not (has_kernel and dtype == "float32" and stride == 1)
+    assert np.array_equal(fast, exact) is not (native.available() and dtype == "float32" and stride == 1)
 
 
 def test_fast_steps_are_made_anew_and_have_the_eager_bits() -> None:
@@ -152,7 +152,7 @@ def test_fast_steps_are_made_anew_and_have_the_eager_bits() -> None:
     planned = [np.array(t.numpy()) for t in step(x)]
     assert "'exact' to 'fast'" in step.explain()
     eager = [np.array(t.numpy()) for t in _convolution(brim.asarray(x), w)]
-    if "x86" in brim.device("cpu").backend.native_status():
+    if native.available():
         assert not any(np.array_equal(a, c) for a, c in zip(planned, exact, strict=True))
     for a, b, c in zip(planned, eager, exact, strict=True):
         assert np.array_equal(a, b)
@@ -164,6 +164,21 @@ def test_other_devices_are_not_asked() -> None:
     assert not getattr(backend(), "knows_fast_convolutions", False)
     meta = nn.functional.conv2d(brim.empty((1, 16, 5, 5), device="meta"), brim.empty((16, 16, 3, 3), device="meta"))
     assert meta.shape == (1, 16, 3, 3)
+
+
+def test_plans_heed_what_the_device_knows() -> None:
+    """Models without memory are planned as those on the CPU are; a plan for a GPU has no fast convolutions."""
+    for place in ("cpu", "meta"):
+        w = brim.ones((16, 16, 3, 3), device=place)
+
+        def step(images: Any, w: Any = w) -> Any:
+            return nn.functional.conv2d(images, w)
+
+        images = brim.spec((8, 16, 16, 16))
+        for profile, fast in ((None, True), ("h100-80gb", None)):
+            plan = brim.plan(step, images, device_profile=profile)
+            (found,) = [i.params for i in plan.programs[0].prepared.program.instructions if i.op.name == "conv2d"]
+            assert found.get("fast") is fast, (place, profile)
 
 
 def test_another_precision_of_convolutions_is_refused() -> None:

@@ -111,7 +111,7 @@ def conv_precision() -> str:
 
 def conv_params(dtype: Any, backend: Any) -> dict[str, Any]:
     """Params of a convolution: those of a product, and ``{"fast": True}`` where that is chosen and the backend
-    (None: of tensors without memory) knows it."""
-    heeded = getattr(backend, "knows_fast_convolutions", False) and dtype.name == "float32"
+    knows it. Tensors without memory (backend: None) are for any device: plans for one that does not know it drop it."""
+    heeded = (backend is None or getattr(backend, "knows_fast_convolutions", False)) and dtype.name == "float32"
     fast = baked(conv_precision) == "fast" and heeded
     return {**product_params(dtype), **({"fast": True} if fast else {})}

@@ -26,6 +26,7 @@ from brim.program.ir import Program, Value
 from brim.program.lower import Bound, Pass, Prepared, arena_bytes, prepare, scratch_bytes
 from brim.program.passes import default_passes
 from brim.program.passes.dead_code import dead_code
+from brim.program.passes.exact_convolutions import exact_convolutions
 from brim.program.passes.half_activations import half_activations
 from brim.program.passes.recompute import matcher
 from brim.program.passes.recompute import recompute as recompute_pass
@@ -220,7 +221,8 @@ class CompiledStep:
             bound: Bound = {}
             costs = [partial(one, backend=backend, bound=bound) for one in (arena_bytes, scratch_bytes)]
             usual = default_passes(backend, *costs) if passes is None else passes
-            return prepare(program, backend, (*option_passes(options), *usual), check=check, bound=bound)
+            known = () if getattr(backend, "knows_fast_convolutions", False) else (exact_convolutions,)
+            return prepare(program, backend, (*known, *option_passes(options), *usual), check=check, bound=bound)
 
         return lower
 
