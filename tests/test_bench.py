@@ -308,6 +308,23 @@ def test_limits_of_another_device_are_measured_by_brim(monkeypatch: pytest.Monke
     assert found["memory"][0]["bytes_per_s"] > 0
 
 
+def test_the_steady_rate_is_that_of_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "STEADY_S", 0.01)
+    monkeypatch.setattr(limits, "_LONGEST_S", 1e-6)  # the smallest size will do
+    steady = limits._steady_rate
+
+    def rates(numpys: float) -> dict[str, Any]:
+        monkeypatch.setattr(limits, "_steady_rate", lambda m: numpys if m is limits._by_numpy else steady(m))
+        (found,) = limits.steady_rates("cpu")
+        return found
+
+    slow, fast = rates(1.0), rates(1e15)
+    assert slow["how"].startswith("brim's matrix products on this machine, median over a second; NumPy's 0 GFLOP/s")
+    assert 1.0 < slow["flops_per_s"] < 1e15
+    assert fast["how"].startswith("NumPy's matrix products on this machine, median over a second; brim's ")
+    assert fast["flops_per_s"] == 1e15
+
+
 def test_the_least_time_of_a_workload() -> None:
     def least(flops: float, nbytes: float) -> tuple[float, str]:
         return limits.least_seconds(Workload("x", "", "x", flops=flops, nbytes=nbytes), LIMITS)
@@ -428,7 +445,7 @@ def test_exit_codes(statuses: list[str], code: int, monkeypatch: pytest.MonkeyPa
     ("arguments", "said"),
     [
         (["run", "nonsense"], "no workload is called 'nonsense'"),
-        (["run", "--vs", "jax"], "no peer is called 'jax'"),
+        (["run", "--vs", "other"], "no peer is called 'other'"),
         (["run", "--vs", "brim"], "name its peers"),
         (["run", "--rounds", "2"], "--rounds"),
         (["run", "--threads", "0"], "--threads"),
@@ -453,8 +470,8 @@ def test_bad_flags_are_refused_before_anything_runs(
 def test_list_machinery_and_limits(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measured(device: str, threads: int, seconds: float, rates: bool = False) -> dict[str, Any]:
-        return {"float32": 1e11} if rates else LIMITS
+    def measured(device: str, threads: int, seconds: float, rates: bool = False) -> Any:
+        return [{"dtype": "float32", "flops_per_s": 1e11, "how": "brim's"}] if rates else LIMITS
 
     monkeypatch.setattr(command, "measure_in_process", measured)
     monkeypatch.setattr(command, "usable_devices", lambda: ["cpu"])

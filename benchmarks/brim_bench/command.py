@@ -190,7 +190,7 @@ def machinery_table(
             found = device(place)
             name = f"this machine's {found}, {found.backend.describe(found.index)}"
             memory = float(found.memory.sizes()[0])
-        measured += [machinery.Measured(name, rate, dtype, memory) for dtype, rate in rates.items()]
+        measured += [machinery.Measured(name, one["flops_per_s"], one["dtype"], memory, one["how"]) for one in rates]
         if place == "cpu":
             say("training steps on the cpu")
             how = "brim's training steps of a small transformer on this machine"

@@ -73,12 +73,12 @@ def run_page(document: Mapping[str, Any]) -> str:
     sides = "; ".join(f"{name} {facts['version']}" for name, facts in document["sides"].items())
     parts = [
         f"<h1>{_escape(title)}</h1>",
-        f"<p>{_escape(environment['cpu'])}, {environment['threads']} threads, "
+        f"<p>{_escape(environment['cpu'])}, {environment['threads']} thread{'s'[: environment['threads'] != 1]}, "
         f"{_escape(document['options']['device'])}; {_escape(sides)}; {_escape(environment['time'])}</p>",
         "<h2>Time beside the peers and the limit</h2>",
-        '<p class="key">bars end at the median, whiskers span the middle half of the rounds'
+        '<p class="key">bars end at the median, whiskers span the middle half of the rounds; each picture begins at 0'
         '<i style="background:var(--own)"></i>brim<i style="background:var(--peer)"></i>peers'
-        '<i style="background:var(--limit)"></i>the machine\'s limit. Each picture has its own scale, from 0.</p>',
+        '<i style="background:var(--limit)"></i>the machine\'s limit</p>',
         *[_bars(row) for row in rows],
         "<h2>Figures</h2>",
         _figures(document, peers),
@@ -114,7 +114,10 @@ def _bars(row: Mapping[str, Any]) -> str:
             parts.append(
                 f'<line class="whisker" x1="{left + q25:.1f}" x2="{left + q75:.1f}" y1="{y + 7.5}" y2="{y + 7.5}"/>'
             )
-            text, x = figure(side["median"], row["unit"]) + note, left + q75 + 8
+            text = figure(side["median"], row["unit"]) + note
+            end = width * (limit or 0.0) / top
+            behind = q75 < end < q75 + 12 + 7 * len(text)  # the limit's line would go through the text
+            x = left + (end if behind else q75) + 8
         else:
             text, x = side["status"] + note, left
         parts.append(f'<text class="soft" x="{x:.1f}" y="{y + 12}">{_escape(text)}</text>')

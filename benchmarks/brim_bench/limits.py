@@ -18,6 +18,7 @@ import argparse
 import json
 import mmap
 import multiprocessing
+import statistics
 import subprocess
 import sys
 import time
@@ -31,14 +32,15 @@ from brim_bench.caches import read_caches
 from brim_bench.players import environment_with_threads
 from brim_bench.workload import Workload
 
-__all__ = ["best_of", "least_seconds", "measure", "measure_in_process", "product_rates"]
+__all__ = ["best_of", "least_seconds", "measure", "measure_in_process", "product_rates", "steady_rates"]
 
 _SIZES = (512, 768, 1024, 1536, 2048)
 _LONGEST_S = 0.05  # a product that takes longer is large enough
+STEADY_S = 1.0
 
 
-def measure_in_process(device: str, threads: int, seconds: float, rates: bool = False) -> dict[str, Any]:
-    """``measure`` or ``product_rates`` in a process of its own, so that the libraries take the number of threads.
+def measure_in_process(device: str, threads: int, seconds: float, rates: bool = False) -> Any:
+    """``measure`` (or ``steady_rates``) in a process of its own, so that the libraries take the number of threads.
 
     Raises:
         ValueError: it failed; the text is its last line.
@@ -240,6 +242,67 @@ def product_rates(device: str, seconds: float) -> dict[str, float]:
     return found
 
 
+def steady_rates(device: str) -> list[dict[str, Any]]:
+    """What a device computes for a while, not at best: the median rate over at least a second of matrix products.
+
+    On the CPU brim's products and NumPy's; both at the size that is the fastest for them.
+
+    Returns:
+        "dtype", "flops_per_s" and "how" of the faster one, for each dtype.
+    """
+    import brim
+
+    place = brim.device(device)
+    on_cpu = device.partition(":")[0] == "cpu"
+    found = []
+    for dtype in ("float32",) if on_cpu else ("float32", "bfloat16"):
+
+        def by_brim(n: int, dtype: str = dtype) -> Callable[[], Any]:
+            host = np.random.default_rng(0).standard_normal((2, n, n), np.float32)
+            a, b = (brim.asarray(one, device=place).astype(dtype) for one in host)
+            product = brim.compile(lambda: a @ b, copy=False, device=place)
+
+            def run() -> None:
+                product()
+                place.backend.synchronize(place.index)
+
+            return run
+
+        rates = {"brim's": _steady_rate(by_brim)}
+        if on_cpu:
+            rates["NumPy's"] = _steady_rate(_by_numpy)
+        whose = max(rates, key=lambda one: rates[one])
+        others = "".join(f"; {one} {rate / 1e9:,.0f} GFLOP/s" for one, rate in rates.items() if one != whose)
+        how = f"{whose} matrix products on this machine, median over a second{others}"
+        found.append({"dtype": dtype, "flops_per_s": rates[whose], "how": how})
+    return found
+
+
+def _by_numpy(n: int) -> Callable[[], Any]:
+    a, b = np.random.default_rng(0).standard_normal((2, n, n), np.float32)
+    c = np.empty_like(a)
+    return lambda: np.matmul(a, b, out=c)
+
+
+def _steady_rate(make: Callable[[int], Callable[[], Any]]) -> float:
+    """FLOP/s of products n x n, n the fastest of sizes that double until one product is long."""
+    n, best, best_n = 256, 0.0, 256
+    while n <= 8192:
+        took_s = _best_time(make(n), 0.1)
+        if 2.0 * n**3 / took_s > best:
+            best, best_n = 2.0 * n**3 / took_s, n
+        if took_s > _LONGEST_S:
+            break
+        n *= 2
+    run, times = make(best_n), list[float]()
+    run()
+    while sum(times) < STEADY_S or len(times) < 3:
+        before = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - before)
+    return 2.0 * best_n**3 / statistics.median(times)
+
+
 def _measure_device(device: str, seconds: float) -> dict[str, Any]:
     import brim
 
@@ -275,10 +338,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.3)
-    parser.add_argument("--rates", action="store_true", help="only brim's matrix products")
+    parser.add_argument("--rates", action="store_true", help="only matrix products, for a while")
     options = parser.parse_args()
     if options.rates:
-        print(json.dumps(product_rates(options.device, options.seconds)))
+        print(json.dumps(steady_rates(options.device)))
     else:
         print(json.dumps(measure(options.device, options.threads, options.seconds)))
 
