@@ -53,15 +53,12 @@ template <class T>
 inline Vector<T> load_part(const T* from, i64 count, T padding) {
 #if defined(__AVX512F__)
     const Vector<T> v = spread(padding);
-    if constexpr (sizeof(T) == 4)
-        return Vector<T>(_mm512_mask_loadu_ps(__m512(v), __mmask16((1u << count) - 1), from));
-    else
-        return Vector<T>(_mm512_mask_loadu_pd(__m512d(v), __mmask8((1u << count) - 1), from));
-#else
+    if constexpr (sizeof(T) == 4) return Vector<T>(_mm512_mask_loadu_ps(__m512(v), __mmask16((1u << count) - 1), from));
+    if constexpr (sizeof(T) == 8) return Vector<T>(_mm512_mask_loadu_pd(__m512d(v), __mmask8((1u << count) - 1), from));
+#endif
     T part[kWidth<T>];
     for (i64 i = 0; i < kWidth<T>; i++) part[i] = i < count ? from[i] : padding;
     return load(part);
-#endif
 }
 
 template <class T>
@@ -73,13 +70,10 @@ inline void store(T* to, Vector<T> v) {
 template <class T>
 inline void store_part(T* to, i64 count, Vector<T> v) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4)
-        _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), __m512(v));
-    else
-        _mm512_mask_storeu_pd(to, __mmask8((1u << count) - 1), __m512d(v));
-#else
-    for (i64 i = 0; i < count; i++) to[i] = v[i];
+    if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), __m512(v));
+    if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(to, __mmask8((1u << count) - 1), __m512d(v));
 #endif
+    for (i64 i = 0; i < count; i++) to[i] = v[i];
 }
 
 // The first `count` lanes of v, the others `padding`.

@@ -10,13 +10,12 @@ import numpy as np
 from brim.backend import ScalarCell
 from brim.spec import Spec
 from brim_cpu.kernels.movement import python_slice, same_elements
-from brim_cpu.native import Function
+from brim_cpu.native import Call, Function
 from brim_cpu.overlay import SMALL_BYTES, NativeKernel, overlay, small_numpy
 
-__all__ = ["copy_calls", "given_calls"]
+__all__ = ["as_array", "copy_calls"]
 
 Array = np.ndarray[Any, Any]
-Call = Callable[[], None]
 
 _COPY = Function("brim_copy", "ppp")
 
@@ -49,8 +48,8 @@ def copy_calls(to: Array, source: Array) -> list[Call]:
     return [_COPY.bind(to, source, _plan(to, source))]
 
 
-def given_calls(value: Any, dtype: np.dtype[Any]) -> tuple[Array, list[Call]]:
-    """An operand as an array, a number as one without axes; and calls that read it where it changes from run to run."""
+def as_array(value: Any, dtype: np.dtype[Any]) -> tuple[Array, list[Callable[[], None]]]:
+    """An operand as an array, a number as one without axes; and what reads it anew where it changes from run to run."""
     if isinstance(value, np.ndarray):
         return value, []
     place = np.empty((), dtype)
@@ -58,6 +57,12 @@ def given_calls(value: Any, dtype: np.dtype[Any]) -> tuple[Array, list[Call]]:
         return place, [lambda: np.copyto(place, value.value, casting="unsafe")]
     np.copyto(place, value, casting="unsafe")
     return place, []
+
+
+def _renewed(calls: list[Call], renewals: list[Callable[[], None]]) -> list[Call]:
+    if calls:
+        calls[0].renewals += renewals
+    return calls
 
 
 @overlay("copy")
@@ -78,15 +83,15 @@ def set_slice(ins: Sequence[Any], outs: Sequence[Spec], *, index: Any, shape: An
     at: Any = (*(python_slice(*entry) for entry in index), ...)  # a view, even of an array without axes
 
     def calls(y: Any, x: Any, values: Any, scratch: Any = None) -> list[Call]:
-        x, made = given_calls(x, y.dtype)
-        if same_elements(y, x):
-            made = []
-        else:
+        x, renewals = as_array(x, y.dtype)
+        made: list[Call] = []
+        if not same_elements(y, x):
             base = np.broadcast_to(x, y.shape)
             for part in _around(index, y.shape):
                 made += copy_calls(y[part], base[part])
-        values, read = given_calls(values, y.dtype)
-        return made + read + copy_calls(y[at], values[0] if values.ndim else values)
+        values, more = as_array(values, y.dtype)
+        made += copy_calls(y[at], values[0] if values.ndim else values)
+        return _renewed(made, renewals + more)
 
     return NativeKernel(calls, aliasing=True, any_output=True, small=small_numpy("set_slice", out, _PLAIN_BYTES))
 

@@ -13,9 +13,9 @@ import numpy as np
 from brim.spec import DTYPES, Spec
 from brim_cpu import native
 from brim_cpu.kernels.indexing import check_range
-from brim_cpu.native import Function
+from brim_cpu.native import Call, Function
 from brim_cpu.overlay import NativeKernel, overlay, small_numpy
-from brim_cpu.overlay.copies import copy_calls, given_calls
+from brim_cpu.overlay.copies import as_array, copy_calls
 from brim_cpu.registry import KERNELS
 
 __all__ = ["gather_rows"]
@@ -88,10 +88,11 @@ def index_add(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int, size: int)
 
     def calls(y: Any, x: Any, indices: Any, values: Any, scratch: Any = None) -> list[Any]:
         found = np.empty(2, np.int64)
-        base, read = _base(y, x)
+        base, copies, renewals = _base(y, x)
         numbers = (sizes.outer, sizes.count, sizes.size, sizes.inner * parts)
         call = function.bind(y, found, base, indices, values, _step(base), *numbers)
-        return [*read, call, partial(_check, found, size, axis)]
+        call.renewals += renewals
+        return [*copies, call, partial(_check, found, size, axis)]
 
     return NativeKernel(calls, contiguous=(False, True, True), aliasing=True, small=_few("index_add", indices))
 
@@ -106,12 +107,13 @@ def put(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int, size: int) -> Na
 
     def calls(y: Any, x: Any, indices: Any, values: Any, scratch: Any = None) -> list[Any]:
         found = np.empty(2, np.int64)
-        base, read = _base(y, x)
-        given, more = given_calls(values, y.dtype)
+        base, copies, renewals = _base(y, x)
+        given, more = as_array(values, y.dtype)
         steps = (_step(base), _step(given))
         numbers = (sizes.outer, sizes.count, sizes.size, sizes.inner)
         call = function.bind(y, found, base, indices, given, *steps, *numbers)
-        return [*read, *more, call, partial(_check, found, size, axis)]
+        call.renewals += renewals + more
+        return [*copies, call, partial(_check, found, size, axis)]
 
     return NativeKernel(calls, contiguous=(False, True, True), aliasing=True, small=_few("put", indices))
 
@@ -125,11 +127,12 @@ def _few(name: str, indices: Spec) -> Callable[..., None] | None:
     return KERNELS[name].run if indices.size <= _FEW_INDICES else None
 
 
-def _base(out: Array, x: Any) -> tuple[Array, list[Any]]:
-    """What is written over, row-major, and the calls that bring it there."""
+def _base(out: Array, x: Any) -> tuple[Array, list[Call], list[Callable[[], None]]]:
+    """What is written over, row-major, the calls that bring it there, and what renews it before each run."""
     if isinstance(x, np.ndarray) and not x.flags.c_contiguous:
-        return out, copy_calls(out, x)
-    return given_calls(x, out.dtype)
+        return out, copy_calls(out, x), []
+    base, renewals = as_array(x, out.dtype)
+    return base, [], renewals
 
 
 def _step(operand: Array) -> int:
