@@ -170,7 +170,7 @@ class Sample:
 
     def pytest_sessionfinish(self) -> None:
         functions = [x for x in gc.get_objects() if isinstance(x, native.Function)]
-        called = {x.name for x in functions if x._function is not None}
+        called = {x.name for x in functions if x.was_bound}
         self.uncalled = sorted({x.name for x in functions} - called)
 
 

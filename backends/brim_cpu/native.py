@@ -161,6 +161,11 @@ class Function:
         call.renewals += renewals
         return call
 
+    @property
+    def was_bound(self) -> bool:
+        """Whether any call of it was made ready."""
+        return self._found is not None
+
     def call(self, *arguments: Any) -> None:
         """Call with these arguments at once: a third of the time of binding a call that is made only once."""
         if self._typed is None:

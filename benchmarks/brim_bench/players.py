@@ -37,8 +37,12 @@ class PlayerFailed(Exception):
 
 
 def environment_with_threads(threads: int) -> dict[str, str]:
-    """This process's environment, with all libraries told to use so many threads."""
-    return {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads))}
+    """This process's environment, with all libraries told to use so many threads and compiled Python code kept.
+
+    An installed library has its code compiled; one that runs from a checkout would be compiled at every start.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, **dict.fromkeys(_THREAD_VARIABLES, str(threads))}
 
 
 class Player:
