@@ -40,7 +40,7 @@ from brim.program.tree import rebuild, take_apart
 from brim.spec import Spec, as_dtype, as_shape, default_float
 from brim.tensor import Tensor
 
-__all__ = ["CompiledStep", "compile", "plan", "spec"]
+__all__ = ["EXACT_TO_FIT", "CompiledStep", "compile", "leaner", "plan", "spec"]
 
 _BLOCK, _GRADIENT = attrgetter("_block"), attrgetter("_grad")
 _KEPT_PROGRAMS = 16
@@ -99,7 +99,18 @@ def option_passes(options: Options) -> tuple[Pass, ...]:
         found.append(partial(recompute_pass, layers=options.recompute))
     if options.activations is not None:
         found.append(half_activations)
+    if options.exact_convolutions:
+        found.append(exact_convolutions)
     return tuple(found) if len(found) > 1 else ()
+
+
+EXACT_TO_FIT = "convolutions are computed exactly: the working memory of the fast algorithm does not fit the budget"
+
+
+def leaner(options: Options, program: Program) -> list[Options]:
+    """The options, and where convolutions take working memory for speed, those without it."""
+    exact = replace(options, exact_convolutions=True)
+    return [options, exact] if exact != options and exact_convolutions(program) is not program else [options]
 
 
 def _check_layers(names: Sequence[str], program: Program) -> None:
@@ -165,6 +176,7 @@ class CompiledStep:
         name: str | None = None,
         recompute: Sequence[str] = (),
         activations: str | None = None,
+        exact_convolutions: bool = False,
         fit: str | None = None,
         report: Callable[[str], Any] = print,
     ) -> None:
@@ -176,7 +188,7 @@ class CompiledStep:
             raise ValueError(f"fit is 'recompute' or None (refuse), got {fit!r}; the Trainer has 'microbatch', too")
         self.fn, self.budget, self.device = fn, budget, device
         self.passes, self.copy, self.fit, self.report = passes, copy, fit, report
-        self.options = Options(tuple(recompute), activations)
+        self.options = Options(tuple(recompute), activations, exact_convolutions)
         self.name = str(name or getattr(fn, "__name__", type(fn).__name__))
         self._versions: OrderedDict[Any, list[_Compiled]] = OrderedDict()
         self._history: list[str] = []
@@ -267,11 +279,17 @@ class CompiledStep:
                 f"brim.plan, not run; build the model outside brim.meta() or on device={str(device)!r}"
             )
         try:
-            entry = self._entry(traced, on_meta, device, options or self.options)
-            made = self._plan_of(entry, arguments, leaves, device, options or self.options, own=True)
-            refused = refusal(made, device, self.budget)
-            if refused is None:
-                homes = _commit(traced, device)
+            refused = None
+            for used in leaner(options or self.options, traced.program):
+                entry = self._entry(traced, on_meta, device, used)
+                made = self._plan_of(entry, arguments, leaves, device, used, own=True)
+                if (why := refusal(made, device, self.budget)) is None:
+                    if refused is not None:
+                        self._history.append(EXACT_TO_FIT)
+                    refused = None
+                    homes = _commit(traced, device)
+                    break
+                refused = refused or why
         except BaseException:
             traced.forget_created()
             raise

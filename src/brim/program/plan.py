@@ -49,10 +49,12 @@ class Options:
     Attributes:
         recompute: layers whose activations are made again in the backward pass: see ``passes/recompute.py``.
         activations: "bfloat16" keeps activations in half: see ``passes/half_activations.py``; None keeps them as is.
+        exact_convolutions: without the working memory of the fast algorithm.
     """
 
     recompute: tuple[str, ...] = ()
     activations: str | None = None
+    exact_convolutions: bool = False
 
 
 @dataclass(frozen=True, slots=True)

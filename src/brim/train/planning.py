@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from brim.memory.guard import give_back_on_refusal
 from brim.nn import Module
 from brim.program.admit import needed_bytes, refusal
 from brim.program.batch import BatchSearch
-from brim.program.compile import CompiledStep
+from brim.program.compile import EXACT_TO_FIT, CompiledStep, leaner
 from brim.program.fit import choose_recomputation, describe, remedies
 from brim.program.plan import Plan, PlannedProgram
 from brim.program.profiles import ProfileDevice, profile_facts
@@ -95,7 +95,7 @@ class PlannedSteps:
         """The same steps, to be planned for the card that a profile describes; they cannot be run there."""
         options = self._train.options
         device = ProfileDevice(name, self.device)
-        made = PlannedSteps(self.steps, device, recompute=options.recompute, activations=options.activations)
+        made = PlannedSteps(self.steps, device, **asdict(options))
         made.parts = self.parts
         return made
 
@@ -207,6 +207,9 @@ class PlannedSteps:
         with give_back_on_refusal():
             made = self.plan(train, evaluation)
             refused = refusal(made, self.device)
+            if refused is not None and (exact := self._exactly(made, train, evaluation)) is not None:
+                tell(EXACT_TO_FIT)
+                made, refused = exact, None
             if refused is not None and refused.most_bytes is not None:
                 if fit == "recompute":
                     choice = choose_recomputation(made, refused.most_bytes, refused.needed)
@@ -223,6 +226,21 @@ class PlannedSteps:
                 raise refused.error(remedies)
             self.device.memory.arena.reserve(made.arena_bytes)
         return made
+
+    def _exactly(self, refused: Plan, train: Sequence[TrainingBatch], evaluation: Sequence[Batch]) -> Plan | None:
+        """The plan with exact convolutions, if there were others and it fits; the steps are then run so."""
+        if all(one.traced is None or len(leaner(refused.options, one.traced)) == 1 for one in refused.programs):
+            return None
+        steps = (self._train, self._evaluate, self._predict)
+        before = [step.options for step in steps]
+        for step in steps:
+            step.options = replace(step.options, exact_convolutions=True)
+        made = self.plan(train, evaluation)
+        if refusal(made, self.device) is None:
+            return made
+        for step, options in zip(steps, before, strict=True):
+            step.options = options
+        return None
 
     @staticmethod
     def _parts_text(train: Sequence[TrainingBatch], parts: int) -> str:
