@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+
 import numpy as np
 import pytest
 
@@ -52,13 +55,28 @@ def test_a_chain_keeps_order_and_leaves_other_calls_where_they_are() -> None:
     assert out[0] == 6
 
 
-def test_a_chain_ends_after_so_many_calls_for_ctrl_c() -> None:
+def test_a_long_chain_lets_ctrl_c_through() -> None:
     out = np.zeros(1, np.int64)
-    chained = native.chained([probe(out, 1)] * (2 * native.CHAINED + 1))
-    assert len(chained) == 3
-    for call in chained:
-        call()
-    assert out[0] == 2 * native.CHAINED + 1
+    slow = native.Function(PROBE, "pii").bind(out, 1, 30_000_000)  # some milliseconds
+    (chain,) = native.chained([slow] * 2000)
+    interrupt = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            chain()
+    finally:
+        interrupt.join()
+        signal.signal(signal.SIGINT, before)
+    assert 0 < out[0] < 2000
+
+
+def test_a_chain_that_came_back_goes_on_where_it_was() -> None:
+    out = np.zeros(1, np.int64)
+    slow = native.Function(PROBE, "pii").bind(out, 1, 30_000_000)
+    (chain,) = native.chained([slow] * 8 + [probe(out, 1)] * 100)
+    chain()
+    assert out[0] == 108
 
 
 def test_nothing_is_chained_where_there_is_nothing_native() -> None:

@@ -70,6 +70,9 @@ class _Bound(ctypes.Structure):
     _fields_ = [("caller", ctypes.c_void_p), ("function", ctypes.c_void_p), ("words", ctypes.c_void_p)]
 
 
+_BOUND_BYTES = ctypes.sizeof(_Bound)
+
+
 class Call:
     """A native function with its arguments; calling it converts nothing and holds no lock of Python's.
 
@@ -91,42 +94,35 @@ class Call:
         self._run(self._address, 1)
 
 
-CHAINED = 32
-"""Calls that run without Python at most: Ctrl-C is noticed between chains."""
-
-
 def chained(calls: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
     """The same calls, neighbours of the native library joined into one call each."""
     found: list[Callable[[], None]] = []
     native: list[Call] = []
     for call in (*calls, None):
-        if isinstance(call, Call) and len(native) < CHAINED:
+        if isinstance(call, Call):
             native.append(call)
             continue
-        if len(native) == 1:
-            found += native
-        elif native:
-            found.append(_chain(native))
-        native = [call] if isinstance(call, Call) else []
-        if call is not None and not native:
+        found += [_chain(native)] if len(native) > 1 else native
+        native = []
+        if call is not None:
             found.append(call)
     return found
 
 
 def _chain(calls: Sequence[Call]) -> Callable[[], None]:
     table = (_Bound * len(calls))(*(call.bound for call in calls))
-    run = partial(calls[0]._run, ctypes.addressof(table), len(calls))
-    run.keeps = (table, *calls)  # type: ignore[attr-defined]
+    run, start, count = calls[0]._run, ctypes.addressof(table), len(calls)
     renewals = [renew for call in calls for renew in call.renewals]
-    if not renewals:
-        return run
 
-    def renew_and_run() -> None:
+    def chain() -> None:
         for renew in renewals:
             renew()
-        run()
+        done = run(start, count)
+        while done < count:  # it came back to let Ctrl-C through
+            done += run(start + done * _BOUND_BYTES, count - done)
 
-    return renew_and_run
+    chain.keeps = (table, *calls)  # type: ignore[attr-defined]
+    return chain
 
 
 class Function:
@@ -185,7 +181,7 @@ class Function:
         if caller is None:
             raise RuntimeError(f"{self.name}: the signature {self.signature!r} is not in native/calls.cpp")
         run = library.brim_run
-        run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_int64), None
+        run.argtypes, run.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
         self._found = run, caller, function
         return self._found
 

@@ -1,5 +1,7 @@
 // Calls that were bound once and are made many times: a planned step's calls run one after another without Python.
 // Each is a function, its arguments as words, and a caller that knows the function's signature.
+#include <time.h>
+
 #include <cstring>
 #include <utility>
 
@@ -80,6 +82,14 @@ const Signature signatures[] = {
     {"pppppppdppiiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, i, d>},
 };
 
+constexpr i64 kNoticeNanoseconds = 20 * 1000 * 1000;
+
+i64 now_nanoseconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return i64(t.tv_sec) * 1000000000 + t.tv_nsec;
+}
+
 struct Bound {
     Caller caller;
     void* function;
@@ -96,6 +106,13 @@ BRIM_EXPORT void* brim_caller(const char* letters) {
     return nullptr;
 }
 
-BRIM_EXPORT void brim_run(const brim::Bound* calls, brim::i64 count) {
-    for (brim::i64 n = 0; n < count; n++) calls[n].caller(calls[n].function, calls[n].words);
+// Makes calls in order and returns how many: all, or fewer once they have taken kNoticeNanoseconds, so that Python can
+// look for Ctrl-C.
+BRIM_EXPORT brim::i64 brim_run(const brim::Bound* calls, brim::i64 count) {
+    const brim::i64 start = brim::now_nanoseconds();
+    for (brim::i64 n = 0; n < count;) {
+        calls[n].caller(calls[n].function, calls[n].words);
+        if (++n < count && brim::now_nanoseconds() - start > brim::kNoticeNanoseconds) return n;
+    }
+    return count;
 }
