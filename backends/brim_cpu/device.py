@@ -117,6 +117,10 @@ class CpuBackend:
             params = {k: v for k, v in params.items() if k != "tf32"}
         return op.name in EPILOGUES and bind_native(op.name, ins, outs, params) is not None
 
+    def keeps_powers(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> bool:
+        """Whether a loss that keeps its powers, or the gradient that reads them, is a native call."""
+        return bind_native(op.name, ins, outs, params) is not None
+
     def native_status(self) -> str:
         """One line: which native library runs, or why none."""
         return native.status()

@@ -79,19 +79,24 @@ class Call:
     Attributes:
         keeps: what the arguments point to.
         renewals: functions without arguments, called before each run: they write numbers that change from run to run.
+        checks: functions without arguments, called where the native function asked to stop (``stop_calls`` in
+            common.hpp), in place of what would come next: they say why, by an exception.
     """
 
-    __slots__ = ("_address", "_run", "_words", "bound", "keeps", "renewals")
+    __slots__ = ("_address", "_run", "_words", "bound", "checks", "keeps", "renewals")
 
     def __init__(self, run: Any, bound: _Bound, words: Any, keeps: tuple[Any, ...]) -> None:
         self._run, self._words, self.bound, self.keeps = run, words, bound, keeps
         self._address = ctypes.addressof(bound)
         self.renewals: list[Callable[[], None]] = []
+        self.checks: list[Callable[[], None]] = []
 
     def __call__(self) -> None:
         for renew in self.renewals:
             renew()
-        self._run(self._address, 1)
+        if self._run(self._address, 1) < 0:
+            for check in self.checks:
+                check()
 
 
 def chained(calls: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
@@ -117,9 +122,14 @@ def _chain(calls: Sequence[Call]) -> Callable[[], None]:
     def chain() -> None:
         for renew in renewals:
             renew()
-        done = run(start, count)
-        while done < count:  # it came back to let Ctrl-C through
-            done += run(start + done * _BOUND_BYTES, count - done)
+        done = 0
+        while done < count:  # it comes back to let Ctrl-C through
+            made = run(start + done * _BOUND_BYTES, count - done)
+            if made < 0:  # the call after the first -1 - made asked to stop
+                for check in calls[done - 1 - made].checks:
+                    check()
+                return
+            done += made
 
     chain.keeps = (table, *calls)  # type: ignore[attr-defined]
     return chain

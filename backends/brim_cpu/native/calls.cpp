@@ -74,10 +74,10 @@ const Signature signatures[] = {
     {"ppppiiii", caller<p, p, p, p, i, i, i, i>},
     {"pppppiiiii", caller<p, p, p, p, p, i, i, i, i, i>},
     {"pppppiiiiii", caller<p, p, p, p, p, i, i, i, i, i, i>},
-    {"ppppppiiiif", caller<p, p, p, p, p, p, i, i, i, i, f>},
     {"ppppppdpdiid", caller<p, p, p, p, p, p, d, p, d, i, i, d>},
     {"ppppppiiiifi", caller<p, p, p, p, p, p, i, i, i, i, f, i>},
     {"ppppppdpdiiid", caller<p, p, p, p, p, p, d, p, d, i, i, i, d>},
+    {"pppppppiiiif", caller<p, p, p, p, p, p, p, i, i, i, i, f>},
     {"pppppppdppiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, d>},
     {"pppppppdppiiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, i, d>},
 };
@@ -96,7 +96,12 @@ struct Bound {
     const Word* words;
 };
 
+thread_local bool stopped = false;
+
 }  // namespace
+
+void stop_calls() { stopped = true; }
+
 }  // namespace brim
 
 // The caller of functions of a signature; null where the table above lacks it.
@@ -107,11 +112,13 @@ BRIM_EXPORT void* brim_caller(const char* letters) {
 }
 
 // Makes calls in order and returns how many: all, or fewer once they have taken kNoticeNanoseconds, so that Python can
-// look for Ctrl-C.
+// look for Ctrl-C. Where call n asks to stop, it is the last and -1 - n is returned.
 BRIM_EXPORT brim::i64 brim_run(const brim::Bound* calls, brim::i64 count) {
     const brim::i64 start = brim::now_nanoseconds();
+    brim::stopped = false;
     for (brim::i64 n = 0; n < count;) {
         calls[n].caller(calls[n].function, calls[n].words);
+        if (brim::stopped) return -1 - n;
         if (++n < count && brim::now_nanoseconds() - start > brim::kNoticeNanoseconds) return n;
     }
     return count;

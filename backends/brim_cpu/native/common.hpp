@@ -20,6 +20,9 @@ struct Range {
     i64 begin, end;
 };
 
+// For a function that finds its inputs wrong, on the thread that called it: no call bound after it is made (calls.cpp).
+void stop_calls();
+
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 // Piece number `which` of [0, n) cut into pieces of `step`.

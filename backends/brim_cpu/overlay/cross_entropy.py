@@ -1,4 +1,8 @@
-"""Cross-entropy of rows of float32 scores against classes, and its gradient: no log-probabilities in memory."""
+"""Cross-entropy of rows of float32 scores against classes, and its gradient: no log-probabilities in memory.
+
+The powers e^(x - top) are computed by both; or stored by the first and read by the second, in planned steps where they
+lie in the place of the scores (brim/program/passes/keep_powers.py).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from brim_cpu.native import Function
 from brim_cpu.overlay import NativeKernel, overlay
 from brim_cpu.overlay.softmax import all_float32
 
-_FORWARD = Function("brim_cross_entropy_f32", "ppppppiiiif")
+_FORWARD = Function("brim_cross_entropy_f32", "pppppppiiiif")
 _GRADIENT = Function("brim_cross_entropy_grad_f32", "ppppppiiiifi")
 
 
@@ -30,14 +34,38 @@ def cross_entropy(
     x, index = ins
     if not all_float32((x, *outs)) or not _is_bound(index) or not x.size:
         return None
-    rows, columns = x.shape
 
     def calls(out: Any, x: Any, index: Any, scratch: Any) -> list[Any]:
-        found = scratch.view(np.int64)
-        arguments = (index.itemsize, rows, columns, ignore_index, smoothing)
-        return [_FORWARD.bind(*out, found, x, index, *arguments), partial(_check, found, columns, ignore_index)]
+        losses, top, total = out
+        return _forward(losses, top, total, None, scratch, x, index, (ignore_index, smoothing))
 
     return NativeKernel(calls, scratch_bytes=16, contiguous=True)
+
+
+@overlay("cross_entropy_powers")
+def cross_entropy_powers(
+    ins: Sequence[Any], outs: Sequence[Spec], *, ignore_index: int, smoothing: float
+) -> NativeKernel | None:
+    """Losses, logarithms of sums and powers, which may lie where the scores do."""
+    x, index = ins
+    if not all_float32((x, *outs)) or not _is_bound(index) or not x.size:
+        return None
+
+    def calls(out: Any, x: Any, index: Any, scratch: Any) -> list[Any]:
+        losses, total, powers = out
+        return _forward(losses, None, total, powers, scratch, x, index, (ignore_index, smoothing))
+
+    return NativeKernel(calls, scratch_bytes=16, contiguous=True, aliasing=True)
+
+
+def _forward(
+    losses: Any, top: Any, total: Any, powers: Any, scratch: Any, x: Any, index: Any, how: tuple[int, float]
+) -> list[Any]:
+    """The call, with what it is to write; ``how`` is ``ignore_index`` and ``smoothing``."""
+    range_seen = scratch.view(np.int64)
+    call = _FORWARD.bind(losses, top, total, powers, range_seen, x, index, index.itemsize, *x.shape, *how)
+    call.checks.append(partial(_check, range_seen, x.shape[1], how[0]))
+    return [call]
 
 
 def _check(found: Any, classes: int, ignore_index: int) -> None:
@@ -52,12 +80,33 @@ def cross_entropy_grad(
     g, x, index, top, total = ins
     if not all_float32((g, x, top, total, *outs)) or not _is_bound(index) or not x.size:
         return None
-    rows, columns = x.shape
-    if not g.size == top.size == total.size == rows:
+    if not g.size == top.size == total.size == x.shape[0]:
         return None
 
     def calls(out: Any, g: Any, x: Any, index: Any, top: Any, total: Any, scratch: Any = None) -> list[Any]:
-        arguments = (index.itemsize, rows, columns, ignore_index, smoothing, g.strides[0] // g.itemsize)
-        return [_GRADIENT.bind(out, g, x, index, top, total, *arguments)]
+        return [_gradient(out, g, x, index, top, total, (ignore_index, smoothing))]
 
     return NativeKernel(calls, contiguous=(False, True, True, True, True), aliasing=True)
+
+
+@overlay("cross_entropy_powers_grad")
+def cross_entropy_powers_grad(
+    ins: Sequence[Any], outs: Sequence[Spec], *, ignore_index: int, smoothing: float
+) -> NativeKernel | None:
+    """The same from the powers that the losses kept."""
+    powers, g, index, total = ins
+    if not all_float32((powers, g, total, *outs)) or not _is_bound(index) or not powers.size:
+        return None
+    if not g.size == total.size == powers.shape[0]:
+        return None
+
+    def calls(out: Any, powers: Any, g: Any, index: Any, total: Any, scratch: Any = None) -> list[Any]:
+        return [_gradient(out, g, powers, index, None, total, (ignore_index, smoothing))]
+
+    return NativeKernel(calls, contiguous=(True, False, True, True), aliasing=True)
+
+
+def _gradient(out: Any, g: Any, x: Any, index: Any, top: Any, total: Any, how: tuple[int, float]) -> Any:
+    """The call: of scores, or of their powers where there is no ``top``."""
+    arguments = (index.itemsize, *x.shape, *how, g.strides[0] // g.itemsize)
+    return _GRADIENT.bind(out, g, x, index, top, total, *arguments)

@@ -41,6 +41,8 @@ TESTED_ELSEWHERE = {
     "fused_many": "only in programs: test_program_side_by_side.py, test_cuda_many.py",
     "matmul_epilogue": "only in programs: test_program_epilogue.py",
     "conv2d_epilogue": "only in programs: test_program_epilogue.py",
+    "cross_entropy_powers": "only in programs: test_program_keep_powers.py",
+    "cross_entropy_powers_grad": "only in programs: test_program_keep_powers.py",
 }
 
 

@@ -13,6 +13,7 @@ from brim.program.passes.dead_code import dead_code
 from brim.program.passes.epilogue import epilogue
 from brim.program.passes.fold_norm import fold_norm
 from brim.program.passes.fuse import fuse
+from brim.program.passes.keep_powers import keep_powers
 from brim.program.passes.layout import layout
 from brim.program.passes.schedule import schedule
 from brim.program.passes.side_by_side import side_by_side
@@ -43,6 +44,7 @@ def default_passes(
         fuse,  # elementwise chains become one pass over memory
         *_wanted_by(backend),
         schedule,  # an order that keeps fewer bytes alive
+        *_keeping(backend, peak),  # what is computed twice, where that order has room for it
         *_joining(backend, peak, scratch_bytes),  # last: as far as that order's peak allows
     )
 
@@ -52,16 +54,25 @@ def _wanted_by(backend: Any) -> list[Callable[[Program], Program]]:
     found: list[Callable[[Program], Program]] = []
     joins = getattr(backend, "joins_epilogue", None)
     if joins is not None:
-
-        def accepts(i: Instruction) -> bool:
-            ins = [x.spec if isinstance(x, Ref) else x.kind(1) if isinstance(x, HostScalar) else x for x in i.ins]
-            return bool(joins(i.op, ins, [out.spec for out in i.outs], i.params))
-
-        found.append(update_wrapper(partial(epilogue, accepts=accepts), epilogue))
+        found.append(update_wrapper(partial(epilogue, accepts=partial(_is_accepted, joins)), epilogue))
     prefers: frozenset[str] = getattr(backend, "prefers_channels_last", frozenset())
     if prefers:
         found.append(update_wrapper(partial(layout, prefers=prefers), layout))
     return found
+
+
+def _is_accepted(accepts: Callable[..., bool], i: Instruction) -> bool:
+    """What a backend's function of op, Specs and numbers, output Specs and params says of an instruction."""
+    ins = [x.spec if isinstance(x, Ref) else x.kind(1) if isinstance(x, HostScalar) else x for x in i.ins]
+    return bool(accepts(i.op, ins, [out.spec for out in i.outs], i.params))
+
+
+def _keeping(backend: Any, peak: Callable[[Program], int] | None) -> list[Callable[[Program], Program]]:
+    """The pass that keeps powers for the backward pass, if the backend has kernels for it."""
+    keeps = getattr(backend, "keeps_powers", None)
+    if keeps is None:
+        return []
+    return [update_wrapper(partial(keep_powers, accepts=partial(_is_accepted, keeps), peak=peak), keep_powers)]
 
 
 def _joining(

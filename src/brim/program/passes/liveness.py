@@ -13,11 +13,13 @@ from brim.program.ir import FUSED, FUSED_MANY, STORE, Instruction, Program, Ref,
 
 __all__ = ["live_bytes", "stored_values", "works_in_place"]
 
+_IN_PLACE = ("dropout", "cross_entropy_grad", "cross_entropy_powers", "cross_entropy_powers_grad")
+
 
 def works_in_place(instruction: Instruction) -> bool:
     """True when a kernel may, as a rule, write its output over an input of the same size."""
     op = instruction.op
-    return op is FUSED or op is FUSED_MANY or op.kind == "elementwise" or op.name == "dropout"
+    return op is FUSED or op is FUSED_MANY or op.kind == "elementwise" or op.name in _IN_PLACE
 
 
 def live_bytes(program: Program, alignment_bytes: int = 1) -> list[int]:
