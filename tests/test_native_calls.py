@@ -104,3 +104,32 @@ def test_a_number_of_the_wrong_type_is_refused_when_it_is_bound() -> None:
 def test_a_signature_that_the_table_lacks_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"brim_team_probe: the signature 'dfdfd' is not in native/calls\.cpp"):
         native.Function(PROBE, "dfdfd").bind(0, 0, 0, 0, 0)
+
+
+def stopping(last_class: int, seen: list[str]) -> native.Call:
+    """A loss of one row, which stops where its class is not 0 or 1."""
+    losses, top, total = (np.zeros(1, np.float32) for _ in range(3))
+    x, index = np.zeros((1, 2), np.float32), np.array([last_class])
+    loss = native.Function("brim_cross_entropy_f32", "pppppppiiiif")
+    call = loss.bind(losses, top, total, None, np.zeros(2, np.int64), x, index, 8, 1, 2, -100, 0.0)
+    call.checks.append(lambda: seen.append(f"class {last_class}"))
+    return call
+
+
+def test_a_call_that_asks_to_stop_is_checked_alone_and_in_a_chain() -> None:
+    seen: list[str] = []
+    good, bad = stopping(1, seen), stopping(2, seen)
+    good()
+    assert seen == []
+    bad()
+    assert seen == ["class 2"]
+    out = np.zeros(1, np.int64)
+    (chain,) = native.chained([probe(out, 1), good, probe(out, 1), bad, probe(out, 1)])
+    for runs in (1, 2):
+        chain()
+        assert out.tolist() == [2 * runs]  # nothing after the one that stopped
+        assert len(seen) == 1 + runs
+    (chain,) = native.chained([good, probe(out, 1)])  # what stopped before is forgotten
+    chain()
+    assert out.tolist() == [5]
+    assert len(seen) == 3
