@@ -133,3 +133,7 @@ def test_a_call_that_asks_to_stop_is_checked_alone_and_in_a_chain() -> None:
     chain()
     assert out.tolist() == [5]
     assert len(seen) == 3
+    slow = native.Function(PROBE, "pii").bind(out, 1, 30_000_000)  # the chain comes back to let Ctrl-C through
+    (chain,) = native.chained([slow] * 8 + [good, bad, probe(out, 1)])
+    chain()
+    assert (out.tolist(), len(seen)) == ([13], 4)

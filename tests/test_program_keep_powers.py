@@ -17,7 +17,12 @@ from brim.op import REGISTRY
 from brim.program.ir import Instruction, Program, Ref, Value
 from brim.program.lower import arena_bytes, prepare
 from brim.program.passes import default_passes
-from brim.program.passes.keep_powers import CROSS_ENTROPY_POWERS, CROSS_ENTROPY_POWERS_GRAD, keep_powers
+from brim.program.passes.keep_powers import (
+    BESIDE_BYTES_MAX,
+    CROSS_ENTROPY_POWERS,
+    CROSS_ENTROPY_POWERS_GRAD,
+    keep_powers,
+)
 from brim.spec import DTYPES, Spec
 from native_running import needs_library, normal, run
 from program_oracle import CPU, changed_by, run_program
@@ -110,6 +115,19 @@ def test_scores_that_are_an_argument_of_the_step() -> None:
     steps = Steps()
     steps.gradient(steps.given, steps.loss(steps.given))
     assert counts(kept(steps.program())) == (1, 1)
+
+
+def test_powers_larger_than_caches_only_lie_in_the_place_of_the_scores() -> None:
+    classes = BESIDE_BYTES_MAX // 4 // ROWS
+    for more, pairs in ((0, 1), (1, 0)):
+        beside = Steps(classes=classes + more)
+        beside.gradient(beside.given, beside.loss(beside.given))
+        beside.results.append(Ref.of(beside.given))  # somebody reads the scores
+        assert counts(keep_powers(beside.program(), accepts, peak)) == (pairs, pairs)
+        over = Steps(classes=classes + more)
+        x = over.scores()
+        over.gradient(x, over.loss(x))
+        assert counts(keep_powers(over.program(), accepts, peak)) == (1, 1)
 
 
 def test_two_gradients_of_one_loss_read_the_same_powers() -> None:

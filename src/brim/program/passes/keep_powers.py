@@ -17,7 +17,11 @@ from brim.program.ir import Instruction, Program, Ref, Value
 from brim.program.passes.liveness import live_bytes
 from brim.spec import Spec
 
-__all__ = ["CROSS_ENTROPY_POWERS", "CROSS_ENTROPY_POWERS_GRAD", "keep_powers"]
+__all__ = ["BESIDE_BYTES_MAX", "CROSS_ENTROPY_POWERS", "CROSS_ENTROPY_POWERS_GRAD", "keep_powers"]
+
+BESIDE_BYTES_MAX = 8 * 2**20
+"""Larger powers are only kept in the place of the scores: beside them they would go to memory and come back, which
+takes as long as computing them again."""
 
 _FORWARD, _GRADIENT = REGISTRY["cross_entropy"], REGISTRY["cross_entropy_grad"]
 
@@ -106,9 +110,10 @@ def _pairs(program: Program, accepts: Callable[[Instruction], bool]) -> list[_Pa
         for at in gradients:
             g, _, index, _, sums = instructions[at].ins
             made[at] = replace(instructions[at], op=CROSS_ENTROPY_POWERS_GRAD, ins=(Ref.of(powers), g, index, sums))
-        if all(map(accepts, made.values())):
-            others = [at for at in readers[x.value] if at > n and at not in gradients]
-            found.append(_Pair(made, x.value.origin in ("temp", "input") and not others))
+        others = [at for at in readers[x.value] if at > n and at not in gradients]
+        takes_over = x.whole and x.value.origin in ("temp", "input") and not others
+        if (takes_over or powers.nbytes <= BESIDE_BYTES_MAX) and all(map(accepts, made.values())):
+            found.append(_Pair(made, takes_over))
     return found
 
 
