@@ -37,7 +37,7 @@ class Training:
         return random_floats(n, 4, seed=seed), np.random.default_rng(seed).integers(0, 3, n)
 
     def traces(self) -> list[str]:
-        return self.compiled.explain().splitlines()
+        return [line for line in self.compiled.explain().splitlines() if line.startswith("traced for")]
 
     def values(self) -> dict[str, bytes]:
         found = {name: value.numpy().tobytes() for name, value in self.model.state_dict().items()}

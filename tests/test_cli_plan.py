@@ -36,6 +36,7 @@ def test_it_plans_what_train_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     for words in ("digits: ", "parameters, batch 100, Adam", "(exact) on cpu", "by kind", "by layer", "fits 64.0 MiB"):
         assert words in said
+    assert re.search(r"traffic   \d+ kernels \(at least 18\), .* times the least", said)
     assert re.search(r"largest   batch [\d,]+ \([\d,]+ needs 64\.0 MiB\)", said)
     document = json.loads((tmp_path / "plan.json").read_text())
     assert document["budget_bytes"] == 64 * 2**20
@@ -48,6 +49,21 @@ def test_it_plans_what_train_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"peak {format_bytes(document['peak_bytes'])} of 64.0 MiB; batch" in capsys.readouterr().out
     assert main(["plan", "run", "--search", "0", "--json", "again.json"]) == 0
     assert json.loads((tmp_path / "again.json").read_text())["peak_bytes"] == document["peak_bytes"]
+
+
+def test_traffic_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["digits", "--hidden", "64", "--batch-size", "100", "--search", "0"]
+    assert main(["plan", *flags]) == 0
+    short = capsys.readouterr().out
+    assert "training step:\nphase" not in short
+    assert main(["plan", *flags, "--traffic", "--json", "plan.json"]) == 0
+    said = capsys.readouterr().out
+    assert "training step:\nphase" in said
+    assert "Gflop" in said
+    traffic = json.loads(Path("plan.json").read_text())["programs"][0]["traffic"]
+    (line,) = (line for line in short.splitlines() if line.startswith("traffic"))
+    assert f"{traffic['launches']} kernels (at least {traffic['least_launches']})" in line
+    assert f"the least ({format_bytes(traffic['least_bytes'])})" in line
 
 
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,9 +191,9 @@ def test_the_timeline_is_the_sum_of_the_blocks_alive(small: dict[str, Any]) -> N
 def test_the_documentation_names_every_field_and_no_other() -> None:
     text = (ROOT / "docs" / "plan-schema.md").read_text(encoding="utf-8")
     rows = {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
-    tables = [schema._DOCUMENT, schema._LAYER, schema._RESIDENT, schema._ROUNDING, schema._PROGRAM]
+    tables = [schema._DOCUMENT, schema._LAYER, schema._RESIDENT, schema._ROUNDING, schema._PROGRAM, schema._TRAFFIC]
     fields = {name for table in [*tables, schema._INSTRUCTION, schema._BLOCK] for name in table}
-    assert rows == fields | {"profile", "estimated"}
+    assert rows == fields | {"profile", "estimated", "traffic"}
     assert all(f"`{kind}`" in text for kind in KINDS)
 
 

@@ -279,7 +279,7 @@ def test_batches_of_changing_shapes() -> None:
         trainer.fit(data.DataLoader(_Ragged(), 5), 2)
         found.append(trainer.model.linear.weight.numpy().copy())
     assert np.array_equal(*found)
-    assert len([line for line in trainer._run.explain().splitlines() if line.startswith("train")]) == 6
+    assert len([line for line in trainer._run.explain().splitlines() if line.startswith("train: traced")]) == 6
 
 
 def test_micro_batches_are_the_whole_batch() -> None:

@@ -174,7 +174,7 @@ def test_products_of_a_block_are_part_of_a_traced_step() -> None:
         assert "tf32=True" in str(step.program())
         step(x)
     step(x)
-    assert len(step.explain().splitlines()) == 2
+    assert step.explain().count("traced for") == 2
     with pytest.raises(ValueError, match="'full' or 'tf32'"), float32_products("half"):
         pass
 

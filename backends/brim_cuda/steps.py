@@ -235,7 +235,10 @@ def bound(
 ) -> BoundKernel:
     """The kernel of an op that consists of these launches and products, in order."""
     made = Steps(loader, steps, title)
-    return BoundKernel(made.run, scratch_bytes, 0, contiguous, aliasing, made.prepare)
+    in_place = sum(isinstance(step, Call) and step.only_if_apart is not None for step in steps)
+    return BoundKernel(
+        made.run, scratch_bytes, 0, contiguous, aliasing, made.prepare, launches=len(steps), skipped_in_place=in_place
+    )
 
 
 def load(kernels: Sequence[BoundKernel]) -> None:

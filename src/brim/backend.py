@@ -43,6 +43,8 @@ class BoundKernel:
             ``run`` does on exactly these arrays; None where there are none. Scalars among the inputs are constants,
             but for a ``ScalarCell``.
         exact_outputs: outputs must have the layouts of their specs; otherwise any strides will do.
+        launches: how many kernels and library calls ``run`` launches, for reports.
+        skipped_in_place: how many of them are not needed where the output lies over the first input.
     """
 
     run: Callable[..., None]
@@ -52,6 +54,8 @@ class BoundKernel:
     aliasing: bool = False
     prepare: Callable[..., list[Callable[[], None]] | None] | None = None
     exact_outputs: bool = False
+    launches: int = 1
+    skipped_in_place: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,7 @@ def _build() -> Any:
         json: Annotated[Path | None, flag("Write the plan as JSON.")] = None,
         html: Annotated[Path | None, flag("Write the plan as a page that works offline.")] = None,
         search: Annotated[float | None, flag("Seconds to search for a batch or remedies, 10; 0 for none.")] = None,
+        traffic: Annotated[bool, flag("Also print kernels, bytes and arithmetic by phase and op.")] = False,
         **settings: Annotated[str, flag("Any other setting of train: --hidden 256,256, --optimizer adamw.")],
     ) -> int:
         """Plan a training to the byte without running it: does it fit the budget? Exit code 3 when it does not."""
@@ -87,7 +88,7 @@ def _build() -> Any:
         given |= {k: v for k, v in {"budget": budget, "batch_size": batch_size}.items() if v is not None}
         from brim.cli.plan import run
 
-        return run(what, given, device_profile, json, html, search)
+        return run(what, given, device_profile, json, html, search, traffic)
 
     @app.command
     def predict(

@@ -59,6 +59,7 @@ def run(
     json_path: Path | None,
     html_path: Path | None,
     search_s: float | None,
+    traffic: bool = False,
 ) -> int:
     """Print the plan; returns the exit code. Errors pass to the caller.
 
@@ -68,6 +69,7 @@ def run(
         device_profile: name of a profile to plan for instead of this machine.
         json_path, html_path: also write the plan there.
         search_s: seconds that the search for the largest batch, or for remedies, may take; 0 leaves it out.
+        traffic: print what the step moves, by phase, by op, and its largest instructions.
     """
     if unknown := sorted(set(flags) - _SETTINGS):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
@@ -97,6 +99,8 @@ def run(
     fits = limit_bytes is None or plan.peak_bytes <= limit_bytes
     print(f"{settings.dataset}: {description}")
     _print(plan, limit_bytes, settings.budget, planned_s)
+    if traffic:
+        print(f"\n{plan.programs[0].name}:\n{plan.traffic()}\n")
     if fits and limit_bytes is not None and search_s != 0:
         print(f"largest   {_largest(plan, limit_bytes, _SEARCH_S if search_s is None else search_s)}")
     for path, write in ((json_path, plan.to_json), (html_path, plan.to_html)):
@@ -159,6 +163,7 @@ def _print(plan: Plan, limit_bytes: int | None, budget: str, planned_s: float) -
     print(f"by layer  {' · '.join(shown)}")
     programs = ", ".join(f"{p.name} {format_bytes(p.arena_bytes)}" for p in plan.programs)
     print(f"arena     {format_bytes(plan.arena_bytes)}: {programs}")
+    print(f"traffic   {plan.traffic().summary()}")
     print(f"planned   in {planned_s:.1f} s, nothing was allocated; plan {plan.hash}")
     if limit_bytes is None:
         print("verdict   no budget")

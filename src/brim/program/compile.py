@@ -24,14 +24,12 @@ from brim.program.admit import refusal
 from brim.program.fit import choose_recomputation, describe, remedies
 from brim.program.ir import Program, Value
 from brim.program.lower import Bound, Pass, Prepared, arena_bytes, prepare, scratch_bytes
+from brim.program.options import NO_OPTIONS, Options, option_passes
 from brim.program.passes import default_passes
-from brim.program.passes.dead_code import dead_code
 from brim.program.passes.exact_convolutions import exact_convolutions
-from brim.program.passes.half_activations import half_activations
 from brim.program.passes.recompute import matcher
-from brim.program.passes.recompute import recompute as recompute_pass
 from brim.program.pause import collector_paused
-from brim.program.plan import Options, Plan, PlannedProgram, residents_of
+from brim.program.plan import Plan, PlannedProgram, residents_of
 from brim.program.profiles import ProfileDevice, profile_facts
 from brim.program.run import Runner
 from brim.program.trace import MetaState, is_argument, trace
@@ -80,8 +78,9 @@ def planned(
     prepared: Prepared,
     on_meta: bool,
     lower: Callable[[Program, Options], Prepared] | None = None,
+    options: Options = NO_OPTIONS,
 ) -> PlannedProgram:
-    """The entry of a plan for one traced step; ``lower`` plans it with other options."""
+    """The entry of a plan for one traced step, prepared with ``options``; ``lower`` plans it with others."""
     program = traced.program
     refs: list[tuple[Any, Value, bool]] = [
         (id(block), value, not on_meta) for value, (_, block) in zip(program.states, traced.state_blocks, strict=False)
@@ -89,19 +88,7 @@ def planned(
     refs += [(key, value, False) for key, (value, *_) in zip(traced.created_keys, traced.created, strict=True)]
     refs += [(id(host), value, False) for value, host in program.constants.items()]
     residents = residents_of(refs, prepared.alignment_bytes)
-    return PlannedProgram(name, prepared, residents, traced.n_results, program, lower)
-
-
-def option_passes(options: Options) -> tuple[Pass, ...]:
-    """What options ask for, as passes that run before all others."""
-    found: list[Pass] = [dead_code]
-    if options.recompute:
-        found.append(partial(recompute_pass, layers=options.recompute))
-    if options.activations is not None:
-        found.append(half_activations)
-    if options.exact_convolutions:
-        found.append(exact_convolutions)
-    return tuple(found) if len(found) > 1 else ()
+    return PlannedProgram(name, prepared, residents, traced.n_results, program, lower, options)
 
 
 EXACT_TO_FIT = "convolutions are computed exactly: the working memory of the fast algorithm does not fit the budget"
@@ -244,7 +231,7 @@ class CompiledStep:
         _check_layers(options.recompute, traced.program)
         prepared = self._lower(device, check)(traced.program, options)
         # Variants of the step are only compared; what is going to run is verified.
-        entry = planned(self.name, traced, prepared, on_meta, self._lower(device, False))
+        entry = planned(self.name, traced, prepared, on_meta, self._lower(device, False), options)
         entry.n_results = entry.n_results if self.copy else 0  # only copies take memory of their own
         return entry
 
@@ -364,9 +351,16 @@ class CompiledStep:
         return next(reversed(self._versions.values()))[0]
 
     def explain(self) -> str:
-        """Why there are the programs that there are: one line for each trace; and how the latest one is launched."""
-        launched = self._latest().runner.launched() if self._versions else []
-        return "\n".join([*self._history, *launched]) or "not called yet"
+        """Why there are the programs that there are, how the latest one is launched, and what it moves.
+
+        Returns:
+            one line for each trace; lines about launches, where there is something to say; a line with the kernels and
+            bytes of a run against the least possible, and one for each phase. ``current_plan().traffic()`` tells more.
+        """
+        if not self._versions:
+            return "\n".join(self._history) or "not called yet"
+        latest = self._latest()
+        return "\n".join([*self._history, *latest.runner.launched(), *latest.plan.traffic().lines()])
 
 
 def _commit(traced: TracedStep, device: Device) -> dict[Value, Block]:

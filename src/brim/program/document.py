@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from brim.memory.pool import round_up
@@ -73,6 +74,7 @@ def _program(planned: Any, resident: list[dict[str, Any]]) -> dict[str, Any]:
     program = planned.prepared.program
     blocks = arena_blocks(planned)
     times = timeline(len(program.instructions), blocks, resident)
+    traffic = planned.traffic()
     peak_bytes = max(times["total"])
     return {
         "name": planned.name,
@@ -87,9 +89,15 @@ def _program(planned: Any, resident: list[dict[str, Any]]) -> dict[str, Any]:
                 "site": one.where,
                 "phase": one.phase,
                 "outs": [{"shape": list(out.spec.shape), "dtype": str(out.spec.dtype)} for out in one.outs],
+                **asdict(count),
             }
-            for number, one in enumerate(program.instructions)
+            for number, (one, count) in enumerate(zip(program.instructions, traffic.counts, strict=True))
         ],
+        "traffic": {
+            **asdict(traffic.total),
+            "least_launches": traffic.least.launches,
+            "least_bytes": traffic.least.nbytes,
+        },
         "blocks": blocks,
         "timeline": times,
         "actual": None,

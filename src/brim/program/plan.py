@@ -24,9 +24,12 @@ from brim.program.compare import PlanDifference, compare
 from brim.program.document import arena_blocks, document
 from brim.program.html import to_html
 from brim.program.ir import Program, Value
+from brim.program.least import least
 from brim.program.lower import Prepared
+from brim.program.options import NO_OPTIONS, Options, option_passes
 from brim.program.profiles import find_profile
 from brim.program.schema import timeline
+from brim.program.traffic import Traffic, traffic_of
 from brim.units import format_bytes
 
 __all__ = [
@@ -40,21 +43,6 @@ __all__ = [
     "residents_of",
     "with_batch",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a step trades arithmetic or precision for memory.
-
-    Attributes:
-        recompute: layers whose activations are made again in the backward pass: see ``passes/recompute.py``.
-        activations: "bfloat16" keeps activations in half: see ``passes/half_activations.py``; None keeps them as is.
-        exact_convolutions: without the working memory of the fast algorithm.
-    """
-
-    recompute: tuple[str, ...] = ()
-    activations: str | None = None
-    exact_convolutions: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +92,7 @@ class PlannedProgram:
         n_results: how many of the program's results are handed out as copies.
         traced: the program before any pass, where it is to be planned with other options.
         lower: prepares a traced program with options.
+        options: what it was prepared with.
     """
 
     name: str
@@ -112,6 +101,7 @@ class PlannedProgram:
     n_results: int
     traced: Program | None = None
     lower: Callable[[Program, Options], Prepared] | None = None
+    options: Options = NO_OPTIONS
     kinds: dict[Value, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,13 +126,20 @@ class PlannedProgram:
         """The same step planned with other options; itself where that is impossible."""
         if self.lower is None or self.traced is None:
             return self
-        return replace(self, prepared=self.lower(self.traced, options))
+        return replace(self, prepared=self.lower(self.traced, options), options=options)
 
     @cached_property
     def results_bytes(self) -> int:
         """Bytes of the copies that a run hands out, rounded as the pool rounds."""
         unit = self.prepared.alignment_bytes
         return sum(round_up(ref.spec.nbytes, unit) for ref in self.prepared.program.results[: self.n_results])
+
+    def traffic(self) -> Traffic:
+        """Kernels and bytes of one run, against the least that the step as traced needs with these options."""
+        source = self.prepared.program if self.traced is None else self.traced
+        for one in option_passes(self.options):
+            source = one(source)
+        return traffic_of(self.prepared, least(source))
 
     def alive_at(self, at: int) -> list[AliveBlock]:
         """Everything in the arena while instruction ``at`` runs, largest first."""
@@ -213,7 +210,7 @@ class Plan:
         estimated: bool = False,
         overhead_bytes: int = 0,
         profile: str | None = None,
-        options: Options = Options(),
+        options: Options = NO_OPTIONS,
         alternatives: Sequence[tuple[str, Callable[[], Plan]]] = (),
         overhead_exactness: str = "exact",
     ) -> None:
@@ -346,6 +343,10 @@ class Plan:
             (f"{one.op.name} {one.layer}".strip(), {kind: row[at + 1] for kind, row in by_kind.items() if row[at + 1]})
             for at, one in enumerate(instructions)
         ]
+
+    def traffic(self, program: int = 0) -> Traffic:
+        """Kernels, bytes and arithmetic of one run of a program (the step itself), against the least possible."""
+        return self.programs[program].traffic()
 
     @property
     def hash(self) -> str:

@@ -147,10 +147,10 @@ def validate(document: Any) -> None:
 
 
 def _check_program(path: str, program: Any, document: Mapping[str, Any]) -> None:
-    _fields(path, program, _PROGRAM)
+    _fields(path, program, _PROGRAM, {"traffic": _mapping})
     count = len(program["instructions"])
     for number, (where, instruction) in enumerate(_entries(f"{path}.instructions", program["instructions"])):
-        _fields(where, instruction, _INSTRUCTION)
+        _fields(where, instruction, _INSTRUCTION, dict.fromkeys(_MOVED, _count))
         _equal(f"{where}.index", instruction["index"], number, "its position")
         if instruction["phase"] not in _PHASES:
             _fail(f"{where}.phase", f"one of {', '.join(_PHASES)}", instruction["phase"])
@@ -171,7 +171,22 @@ def _check_program(path: str, program: Any, document: Mapping[str, Any]) -> None
         if end > document["arena_bytes"]:
             _fail(f"{where}.offset_bytes", f"a block within the arena of {document['arena_bytes']} bytes", f"end {end}")
     _check_overlap(path, program["blocks"])
+    _check_traffic(path, program)
     _check_timeline(path, program, count, document["resident"])
+
+
+def _check_traffic(path: str, program: Mapping[str, Any]) -> None:
+    """What a program moves, where it is told, is what its instructions move together, and not below the least."""
+    if (traffic := program.get("traffic")) is None:
+        return
+    path = f"{path}.traffic"
+    _fields(path, traffic, _TRAFFIC)
+    for name in _MOVED:
+        right = sum(instruction.get(name, 0) for instruction in program["instructions"])
+        _equal(f"{path}.{name}", traffic[name], right, "what the instructions add up to")
+    nbytes = traffic["read_bytes"] + traffic["written_bytes"]
+    if traffic["least_bytes"] > nbytes:
+        _fail(f"{path}.least_bytes", f"at most the {nbytes} bytes that are read and written", traffic["least_bytes"])
 
 
 def _check_timeline(path: str, program: Mapping[str, Any], count: int, resident: Sequence[Mapping[str, Any]]) -> None:
@@ -395,6 +410,8 @@ _PROGRAM: Mapping[str, _Check] = {
 _INSTRUCTION: Mapping[str, _Check] = {
     "index": _count, "op": _text, "layer": _text, "site": _text, "phase": _text, "outs": _list
 }  # fmt: skip
+_MOVED = ("launches", "read_bytes", "written_bytes", "scratch_bytes", "flops")
+_TRAFFIC: Mapping[str, _Check] = dict.fromkeys((*_MOVED, "least_launches", "least_bytes"), _count)
 _BLOCK: Mapping[str, _Check] = {
     "id": _int, "op": _text, "layer": _text, "kind": _text, "shape": _shape, "dtype": _text, "nbytes": _count,
     "offset_bytes": _count, "first": _int, "last": _int, "site": _text,
