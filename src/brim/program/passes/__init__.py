@@ -13,6 +13,7 @@ from brim.program.passes.dead_code import dead_code
 from brim.program.passes.epilogue import epilogue
 from brim.program.passes.fold_norm import fold_norm
 from brim.program.passes.fuse import fuse
+from brim.program.passes.join_slices import join_slices
 from brim.program.passes.keep_powers import keep_powers
 from brim.program.passes.layout import layout
 from brim.program.passes.schedule import schedule
@@ -38,6 +39,7 @@ def default_passes(
     return (
         dead_code,  # first, so that the others see only what is needed
         common,  # the same computed twice
+        join_slices,  # gradients of slices that make up a whole
         copies,  # what may be read where it is
         fold_norm,  # evaluation only: batch norm becomes part of weights
         simplify,  # casts and copies that change nothing
