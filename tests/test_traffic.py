@@ -18,6 +18,7 @@ from brim.program.passes import default_passes
 from brim.program.schema import validate
 from brim.program.traffic import Count, Traffic
 from brim.program.verify import verify
+from brim_bench.fusion import STEPS, traffics
 
 F = nn.functional
 
@@ -309,3 +310,12 @@ def test_the_document_tells_it_and_is_checked() -> None:
     older = copy.deepcopy(document)  # written before there was such a field
     del older["programs"][0]["traffic"]
     validate(older)
+
+
+@pytest.mark.parametrize("device", ["cpu", "h100-80gb"])
+def test_the_benchmark_of_fusion(device: str) -> None:
+    traced, fused, planned = traffics(STEPS["mlp_step_b128"](), device)
+    assert traced.total.launches > fused.total.launches > planned.total.launches > planned.least.launches
+    assert traced.total.nbytes > fused.total.nbytes > planned.total.nbytes > planned.least.nbytes
+    assert traced.least == fused.least == planned.least
+    assert planned.total.flops == traced.total.flops == 2 * 128 * (3 * (784 * 256 + 256 * 256 + 2560) - 784 * 256)
