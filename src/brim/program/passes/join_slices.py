@@ -24,9 +24,11 @@ def join_slices(program: Program) -> Program:
     What is joined is ``slice + 0``, as the sum gives it: it makes 0 of -0, so the results are the same to the bit. More
     bytes are alive nowhere: the slices take the place of the padded arrays.
     """
+    instructions = program.instructions
+    if sum(map(_pads, instructions)) < 2:
+        return program
     readers = program.readers()
     made = program.producers()
-    instructions = program.instructions
     terms: dict[Value, list[int]] = {}  # of a sum of padded slices: the instructions that pad
     for n, one in enumerate(instructions):
         if _pads(one):
