@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,14 @@ from brim_cpu import native
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"fast convolutions are native: {native.status()}")
 
 IMAGES, CLASSES = np.ones((8, 32, 16, 16), np.float32), np.arange(8) % 5
+
+
+@pytest.fixture(autouse=True)
+def clean() -> None:
+    """Budgets here leave no room for what other tests left behind."""
+    gc.collect()
+    brim.device("cpu").memory.arena.release()
+    brim.empty_cache()
 
 
 def model() -> nn.Sequential:

@@ -76,8 +76,8 @@ const Signature signatures[] = {
     {"pppppiiiiii", caller<p, p, p, p, p, i, i, i, i, i, i>},
     {"ppppppdpdiid", caller<p, p, p, p, p, p, d, p, d, i, i, d>},
     {"ppppppiiiifi", caller<p, p, p, p, p, p, i, i, i, i, f, i>},
-    {"ppppppdpdiiid", caller<p, p, p, p, p, p, d, p, d, i, i, i, d>},
     {"pppppppiiiif", caller<p, p, p, p, p, p, p, i, i, i, i, f>},
+    {"ppppppdpdiiid", caller<p, p, p, p, p, p, d, p, d, i, i, i, d>},
     {"pppppppdppiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, d>},
     {"pppppppdppiiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, i, d>},
 };
