@@ -19,6 +19,7 @@ from brim_cuda.nvrtc import compile_cubin, find_nvrtc, nvrtc_version
 from brim_cuda.source import translation_unit
 from brim_cuda.steps import Steps
 from emulating import kernels_of, recorded
+from test_cuda_attention import attention_calls
 from test_cuda_composites import composite_calls
 from test_cuda_composites import works as composite_works
 from test_cuda_elementwise import random_formula, work_for
@@ -49,6 +50,7 @@ def by_origin() -> dict[str, list[Kernel]]:
     groups = {
         "table of ops": kernels_of([work for one in recorded() if (work := one.work()) is not None]),
         "composites": kernels_of(composite_works(composite_calls())),
+        "attention": kernels_of(composite_works(attention_calls())),
         "planned networks": of_planned_networks(),
         "random formulas": kernels_of([work_for(*random_formula(np.random.default_rng(seed))) for seed in range(10)]),
     }

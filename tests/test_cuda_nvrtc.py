@@ -16,6 +16,7 @@ from brim_cuda.registry import KERNELS, work_of
 from brim_cuda.source import translation_unit
 from cuda_kernels import Compilation, by_origin
 from emulating import kernels_of, recorded
+from test_cuda_attention import attention_calls
 from test_cuda_composites import composite_calls
 
 needs_nvrtc = pytest.mark.skipif(find_nvrtc() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc-cu12")
@@ -27,7 +28,7 @@ MAX_SPILL_BYTES = 16
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_every_kernel_compiles(arch: str) -> None:
     kernels = [kernel for group in by_origin().values() for kernel in group]
-    called = {one.op.name for one in (*recorded(), *composite_calls()) if one.work() is not None}
+    called = {one.op.name for one in (*recorded(), *composite_calls(), *attention_calls()) if one.work() is not None}
     assert called >= set(KERNELS) - set(TESTED_ELSEWHERE)
     made = Compilation(kernels, arch)
     assert made.cubin.startswith(b"\x7fELF")

@@ -47,9 +47,12 @@ class Attention(nn.Module):
         D = width // self.heads
         heads = ops.permute_dims(self.c_attn(x).reshape((B, T, 3, self.heads, D)), (2, 0, 3, 1, 4))
         q, k, v = heads[0], heads[1], heads[2]  # (B, heads, T, D)
-        weights = ops.causal_softmax(q @ k.mT, scale=1.0 / math.sqrt(D), visible=visible)
-        weights = F.dropout(weights, self.dropout, self.training)
-        joined = ops.permute_dims(weights @ v, (0, 2, 1, 3)).reshape((B, T, width))
+        if self.training and self.dropout:
+            weights = ops.causal_softmax(q @ k.mT, scale=1.0 / math.sqrt(D), visible=visible)
+            found = F.dropout(weights, self.dropout) @ v
+        else:
+            found = ops.attention(q, k, v, causal=True, visible=visible)
+        joined = ops.permute_dims(found, (0, 2, 1, 3)).reshape((B, T, width))
         return F.dropout(self.c_proj(joined), self.dropout, self.training)
 
 

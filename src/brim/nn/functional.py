@@ -115,6 +115,9 @@ def scaled_dot_product_attention(
 ) -> Any:
     """``softmax(query @ key.mT * scale) @ value``.
 
+    Without a mask and without dropout it is ``ops.attention``, which stores no (L, S) scores where the backend has a
+    kernel for it (on CUDA: float32, float16, bfloat16, E and D up to 128). With either, scores and weights are stored.
+
     Source: A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
 
     Arguments:
@@ -128,11 +131,13 @@ def scaled_dot_product_attention(
     Returns:
         (..., L, D).
     """
+    if is_causal and attn_mask is not None:
+        raise ValueError("attention is either causal or has a mask: pass is_causal=True or attn_mask, not both")
+    if attn_mask is None and dropout_p == 0.0:
+        return ops.attention(query, key, value, causal=is_causal, scale=scale)
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     scores = query @ key.mT
     if is_causal:
-        if attn_mask is not None:
-            raise ValueError("attention is either causal or has a mask: pass is_causal=True or attn_mask, not both")
         weights = ops.causal_softmax(scores, scale=factor)
     else:
         scores = scores * factor

@@ -26,6 +26,7 @@ from brim.ops.arithmetic import (
     subtract,
     where,
 )
+from brim.ops.attention import attention
 from brim.ops.bitwise import (
     bitwise_and,
     bitwise_invert,
@@ -96,6 +97,7 @@ __all__ = [
     "atan",
     "atan2",
     "atanh",
+    "attention",
     "avg_pool2d",
     "batch_norm",
     "batch_norm_inference",

@@ -34,6 +34,28 @@ def _causal_grad(g: Any, out: Any, *, scale: float) -> Any:
     return scale * out * (seen - (seen * out).sum(-1, keepdims=True))
 
 
+def _attention_scores(q: Any, k: Any, causal: bool, scale: float) -> Any:
+    scores = q @ np.swapaxes(k, -1, -2) * scale
+    return np.where(_triangle(scores), scores, -np.inf) if causal else scores
+
+
+def _attention(q: Any, k: Any, v: Any, *, causal: bool, scale: float) -> Any:
+    scores = _attention_scores(q, k, causal, scale)
+    return _softmax(scores, -1) @ v, np.log(np.exp(scores).sum(-1))
+
+
+def _attention_grad(g: Any, q: Any, k: Any, v: Any, *, causal: bool, scale: float) -> Any:
+    weights = _softmax(_attention_scores(q, k, causal, scale), -1)
+    slopes = g @ np.swapaxes(v, -1, -2)
+    slopes = weights * (slopes - (weights * slopes).sum(-1, keepdims=True)) * scale
+    return slopes @ k, np.swapaxes(slopes, -1, -2) @ q, np.swapaxes(weights, -1, -2) @ g
+
+
+def _with_result(g: Any, q: Any, k: Any, v: Any, **how: Any) -> Any:
+    """The gradients, from what the forward pass gives: the kernel relies on it."""
+    return REGISTRY["attention_grad"](g, q, k, v, *REGISTRY["attention"](q, k, v, **how), **how)
+
+
 def _targets(x: Any, index: Any, ignore_index: int, smoothing: float) -> Any:
     """(N, C): what the classes are to have, 0 in rows that are ignored."""
     hit = np.arange(x.shape[1]) == index[:, None]
@@ -78,6 +100,8 @@ _channels = In((1, 3, 1)), In((1, 3, 1), 0.5, 2.0)
 _HOW = {"ignore_index": -100, "smoothing": 0.1}
 _BIG = In((1024, 1024))
 _MANY = In((4096,), 0, 255, "int64")
+_CAUSAL, _ALL = {"causal": True, "scale": 0.4}, {"causal": False, "scale": 0.4}
+_HEADS = In((2, 4, 256, 64), -1.0, 1.0)
 
 ROWS = [
     Row(
@@ -122,6 +146,37 @@ ROWS = [
         {"scale": 0.5},
         tolerance=LOOSE,
         big=(_BIG, _BIG),
+    ),
+    *(
+        Row(
+            "attention",
+            (In((2, 3, 4)), In((2, keys, 4)), In((2, keys, 5))),
+            _attention,
+            how,
+            tolerance=LOOSE,
+            torch=lambda t, q, k, v, how=how: t.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=how["causal"], scale=how["scale"]
+            ),
+            big=(_HEADS,) * 3,
+            bad=(
+                Bad((In((2, 3, 4)), In((2, 5, 3)), In((2, 5, 4))), ShapeError, how),
+                Bad((In((2, 3, 4)), In((2, 5, 4)), In((2, 4, 4))), ShapeError, how),
+            ),
+        )
+        for keys, how in ((3, _CAUSAL), (5, _ALL))
+    ),
+    *(
+        Row(
+            "attention_grad",
+            (In((2, 6, 5)), In((2, 6, 4)), In((2, keys, 4)), In((2, keys, 5))),
+            _attention_grad,
+            how,
+            call=_with_result,
+            covers=("attention_grad",),
+            tolerance=LOOSE,
+            big=(_HEADS,) * 4,
+        )
+        for keys, how in ((3, _CAUSAL), (5, _ALL))
     ),
     Row("cross_entropy", (In((5, 4)), _labels), _losses, _HOW, tolerance=LOOSE, big=(In((4096, 256)), _MANY)),
     Row(
