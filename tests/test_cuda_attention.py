@@ -37,6 +37,7 @@ HALVES = ("float16", "bfloat16")
 # T, S, E, D: below, at and beside the sizes of tiles; one number a head, and as many as there may be.
 SHAPES = (
     (1, 1, 1, 1), (7, 7, 4, 4), (32, 32, 16, 16), (33, 65, 7, 5), (70, 40, 64, 64), (9, 70, 128, 1), (50, 50, 100, 128),
+    (34, 34, 48, 40), (20, 35, 80, 70),
 )  # fmt: skip
 NAN, INF = math.nan, math.inf
 

@@ -2,8 +2,8 @@
 //
 // A block of 128 threads owns OWN rows (of queries, or of keys for their gradients) and goes over tiles of TILE rows of
 // the other side. The threads form 8 x 16: thread (r, c) has the rows r, r + 8, ... of what is owned and the columns c,
-// c + 16, ... of the other side, or of the numbers of a row; W is the numbers of a row, rounded up to 16. All sums are
-// float32, one fused multiply-add after another in a fixed order, and no result is added to by two blocks.
+// c + 16, ... of the other side, or of the numbers of a row; W is the numbers of a row, padded to a multiple of 16. All
+// sums are float32, one fused multiply-add after another in a fixed order, and no two blocks add to one result.
 //
 // Skewed rows fall on all banks. A query that does not see a key is untouched by it, NaN or not.
 

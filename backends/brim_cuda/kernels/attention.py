@@ -27,6 +27,7 @@ _MAX_NUMBERS = 128
 """Of a row of q, k or v: more do not fit in shared memory beside each other."""
 _OWN, _THREADS, _PART = 32, 128, 16
 """OWN, ATTENTION_THREADS and ACROSS in ``attention.cuh``."""
+_MOST_PARTS = 80
 _FEW_NUMBERS = 64
 """Up to here, registers are enough for larger tiles."""
 _MAX_BLOCKS = 32768
@@ -42,6 +43,12 @@ def _check(name: str, q: Spec, k: Spec, v: Spec, *others: Spec) -> None:
         raise KeyError(f"the CUDA backend has no kernel for {name} of {q}, {k} and {v}")
     if not (1 <= q.shape[-1] <= _MAX_NUMBERS and 1 <= v.shape[-1] <= _MAX_NUMBERS and k.shape[-2] >= 1):
         raise KeyError(f"the CUDA backend has no kernel for {name} of heads of {q.shape[-1]} and {v.shape[-1]} numbers")
+
+
+def _padded(numbers: int) -> int:
+    """W in ``attention.cuh``. Between 80 and 128 the compiler would spill registers, which it does not for 128."""
+    padded = -(-numbers // _PART) * _PART
+    return padded if padded <= _MOST_PARTS else _MAX_NUMBERS
 
 
 def _tile(numbers: int, own: int, squares: int) -> tuple[int, int]:
@@ -60,7 +67,7 @@ class _Launches:
         self.lead, self.queries, self.depth = q.shape[:-2], q.shape[-2], q.shape[-1]
         self.keys, self.width = v.shape[-2], v.shape[-1]
         self.dtype, self.index = q.dtype, index_dtype([*arrays, Spec((*self.lead, self.queries))])
-        self.numbers = -(-max(self.depth, self.width) // _PART) * _PART
+        self.numbers = _padded(max(self.depth, self.width))
         self.causal, self.scale = causal, np.float32(scale)
         self.matrices = math.prod(self.lead)
 
