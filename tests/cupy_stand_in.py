@@ -1,11 +1,11 @@
 """CuPy with host memory for a device: its own arrays and pointers, and a runtime that is made of NumPy and ctypes.
 
 What ``brim_cuda.machine`` does with CuPy is then done for real, but for the driver: it does not show that a GPU works.
+Copies on streams are checked for missing waits (``cuda_streams.py``).
 """
 
 from __future__ import annotations
 
-import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from brim_cuda.emulation import EmulationLoader
 from brim_cuda.requirements import Facts
+from cuda_streams import Books, Event, Stream
 
 __all__ = ["FACTS", "Loader", "StandIn"]
 
@@ -66,6 +67,7 @@ class Runtime:
         self.context = False
         self.device = 0
         self.copies: list[tuple[int, int]] = []
+        self.books = Books(self.check)
 
     def setDevice(self, index: int) -> None:
         self.device = index
@@ -93,40 +95,20 @@ class Runtime:
 
     def free(self, address: int) -> None:
         if address:
-            del self.live[address]
+            self.books.forget(address, self.live.pop(address).nbytes)
         self.context = True
 
     def memcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         self.check()
-        assert stream == Stream.ptr
-        device = target if kind == self.memcpyHostToDevice else source
-        assert any(start <= device and device + nbytes <= start + m.nbytes for start, m in self.live.items())
+        sides = {1: (target,), 2: (source,), 3: (target, source)}[kind]
+        for device in sides:
+            assert any(start <= device and device + nbytes <= start + m.nbytes for start, m in self.live.items())
         self.copies.append((kind, nbytes))
-        ctypes.memmove(target, source, nbytes)
+        self.books.copy(target, source, nbytes, kind, stream)
 
     def check(self) -> None:
         if self.fail:
             raise RuntimeFailure(self.fail)
-
-
-class Stream:
-    """A stream; everything on it has happened already."""
-
-    ptr = 77
-
-    def __init__(self, owner: StandIn, non_blocking: bool) -> None:
-        assert non_blocking
-        self._owner = owner
-
-    def __enter__(self) -> Stream:
-        self._owner.streams.append(self)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        assert self._owner.streams.pop() is self
-
-    def synchronize(self) -> None:
-        self._owner.cuda.runtime.check()
 
 
 class _Pool:
@@ -183,10 +165,20 @@ class StandIn:
             runtime=Runtime(total_bytes),
             UnownedMemory=cupy.cuda.UnownedMemory,
             MemoryPointer=cupy.cuda.MemoryPointer,
-            Stream=lambda non_blocking: Stream(self, non_blocking),
+            Stream=self._stream,
+            Event=self._event,
             pinned_memory=SimpleNamespace(PinnedMemory=_Pinned, PinnedMemoryPointer=_PinnedPointer),
             get_allocator=lambda: self.pool.malloc,
         )
+
+    def _stream(self, non_blocking: bool) -> Stream:
+        assert non_blocking
+        return Stream(self.cuda.runtime.books, self.streams)
+
+    def _event(self, block: bool, disable_timing: bool) -> Event:
+        assert not block
+        assert disable_timing
+        return Event(self.cuda.runtime.books)
 
     def get_default_memory_pool(self) -> _Pool:
         return self.pool

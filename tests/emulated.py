@@ -45,6 +45,7 @@ def settle() -> None:
     """Give the arena and unused memory back, if the device was used at all."""
     if machine.cache_info().currsize and not WHY_NOT:
         device().memory.arena.release()
+        device().memory.stage.release()
         device().memory.pool.release_cached()
 
 

@@ -77,12 +77,15 @@ def test_large_copies_go_through_a_small_buffer(cupy: StandIn) -> None:
     brim.device(NAME)
     gpu = found._gpus[0]
     gpu.staging.cap_bytes = 4096
+    for slot in gpu.feed.ring._slots:
+        slot.staging.cap_bytes = 4096
     host = np.arange(5000, dtype=np.float32)
     cupy.cuda.runtime.copies.clear()
     np.testing.assert_array_equal(brim.asarray(host, device=NAME).numpy(), host)
     pieces = [4096] * 4 + [20_000 - 4 * 4096]
     assert [nbytes for _, nbytes in cupy.cuda.runtime.copies] == pieces * 2
     assert gpu.staging.nbytes == 4096
+    assert gpu.feed.ring.nbytes == 2 * 4096
 
 
 def test_a_planned_step_gives_the_numbers_of_the_cpu(cupy: StandIn) -> None:

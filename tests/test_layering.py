@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("autograd",),
     ("tensor_methods",),
     ("tensor",),
-    ("eager", "creation"),
+    ("eager", "creation", "gathered"),
     ("program", "data", "nn", "optim"),
     ("train", "models"),
     ("",),

@@ -21,7 +21,17 @@ from brim_cuda.gemm_run import Multiply, Zero
 from brim_cuda.graphs import Graph, graphed, wanted
 from brim_cuda.launch import Loader
 
-__all__ = ["CudaBackend", "Machine"]
+__all__ = ["CudaBackend", "Fetcher", "Machine"]
+
+
+class Fetcher(Protocol):
+    """A small device array, read again and again while other work goes on."""
+
+    def start(self) -> None:
+        """Order a copy to the host behind what was launched so far."""
+
+    def value(self) -> np.ndarray[Any, Any]:
+        """What the last copy brought; waits for it."""
 
 
 class Machine(Protocol):
@@ -51,6 +61,12 @@ class Machine(Protocol):
 
     def upload(self, array: Any, host: np.ndarray[Any, Any]) -> None:
         """Copy host values into a row-major array."""
+
+    def feed(self, pairs: Sequence[tuple[Any, Any]], stage: Any, generation: int) -> None:
+        """See ``CudaBackend.feed``."""
+
+    def fetcher(self, array: Any) -> Fetcher:
+        """Copies of a small row-major array to the host that are waited for later."""
 
     def download(self, array: Any) -> np.ndarray[Any, Any]:
         """Host copy of a row-major array."""
@@ -87,6 +103,9 @@ class CudaBackend:
 
     shares_host_memory = False
 
+    stages_inputs = True
+    """The inputs of a step are copied while the step before runs, where there is memory for a second set of them."""
+
     prefers_channels_last: frozenset[str] = frozenset()
 
     joins_side_by_side = 4 << 20
@@ -98,12 +117,22 @@ class CudaBackend:
             machine.count, machine.describe, machine.facts, machine.connect,
         )  # fmt: skip
         self.allocate, self.view, self.memory = machine.allocate, machine.view, machine.memory
-        self.upload, self.download = machine.upload, machine.download
+        self.upload, self.download, self.fetcher = machine.upload, machine.download, machine.fetcher
         self.running, self.synchronize, self.process_bytes = machine.running, machine.synchronize, machine.process_bytes
 
     def bind(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> BoundKernel:
         """The CUDA kernel for an op on these specs; needs no device. Raises KeyError where there is none."""
         return registry.bind(self.machine.loader, op, ins, outs, params)
+
+    def feed(self, pairs: Sequence[tuple[Any, Any]], stage: Any = None, generation: int = 0) -> None:
+        """Copy the inputs of a step in; nothing is waited for that was launched before.
+
+        Arguments:
+            pairs: (row-major device array, host array) each; the host arrays may be written again afterwards.
+            stage: flat uint8 device array of the inputs' bytes, each rounded up to ``alignment_bytes``; None for none.
+            generation: another number when the stage is another memory.
+        """
+        self.machine.feed(pairs, stage, generation)
 
     def load(self, kernels: Sequence[BoundKernel]) -> None:
         """Compile these kernels together, before they are prepared."""

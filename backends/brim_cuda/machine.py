@@ -23,6 +23,7 @@ from brim.op import REGISTRY
 from brim.spec import Spec
 from brim.units import format_bytes
 from brim_cuda.cupy_runtime import read_system
+from brim_cuda.feed import Feed, Fetch, PinnedRing
 from brim_cuda.gpu import CupyLoader
 from brim_cuda.graph_driver import Driver, DriverGraph, capture, load_driver
 from brim_cuda.graphs import CaptureRefused
@@ -90,6 +91,7 @@ class _Gpu:
         assert system.runtime is not None
         self.provider = make_provider(system, index)
         self.stream: Any = None
+        self.feed: Any = None
         self.vram = Vram(
             self.provider,
             system.runtime,
@@ -116,11 +118,17 @@ class _Gpu:
     def _charge(self, nbytes: int) -> Any:
         return (lambda: None) if self._services is None else self._services.charge(nbytes, "workspace")
 
+    def _new_event(self) -> Any:
+        return self.cupy.cuda.Event(block=False, disable_timing=True)
+
     def _open_context(self) -> None:
         try:
             self.runtime.setDevice(self.index)
             self.runtime.free(0)
             self.stream = self.cupy.cuda.Stream(non_blocking=True)
+            ring = PinnedRing(lambda: PinnedStaging(self._pin, self._charge), self._new_event)
+            copies = self.cupy.cuda.Stream(non_blocking=True)
+            self.feed = Feed(self.runtime, self.stream, copies, ring, self._new_event)
             cap(self.cupy.get_default_memory_pool())
         except self.runtime.CUDARuntimeError as error:
             raise LowLevelError(str(error), int(error.status)) from error
@@ -159,15 +167,18 @@ class _Gpu:
         except (LowLevelError, self.runtime.CUDARuntimeError) as error:
             raise failure(f"{what} cuda:{self.index}", error) from error
 
-    def upload(self, address: int, data: np.ndarray[Any, Any]) -> None:
-        """Copy bytes in, and wait for it: the buffer in between is used again."""
+    def upload(
+        self, pairs: Sequence[tuple[int, np.ndarray[Any, Any]]], stage: int | None = None, generation: int = 0
+    ) -> None:
+        """Let memory have these bytes before anything that is launched from now on; nothing is waited for."""
         with self.working("a copy to"):
-            for offset, nbytes in self.staging.pieces(data.size):
-                with self.staging.lend(nbytes) as buffer:
-                    np.frombuffer(buffer, np.uint8, nbytes)[:] = data[offset : offset + nbytes]
-                    kind = self.runtime.memcpyHostToDevice
-                    self.runtime.memcpyAsync(address + offset, buffer.ptr, nbytes, kind, self.stream.ptr)
-                    self.stream.synchronize()
+            self.feed.put(pairs, stage, generation)
+
+    def new_fetch(self, array: Any) -> Fetch:
+        """With memory and an event of its own."""
+        staging = PinnedStaging(self._pin, self._charge)
+        staging.reserve(array.nbytes)
+        return Fetch(self.working, self.runtime, self.stream, array, staging, self._new_event())
 
     def download(self, address: int, data: np.ndarray[Any, Any]) -> None:
         """Copy bytes out, after everything that was launched before."""
@@ -285,10 +296,22 @@ class GpuMachine:
         return cupy.ndarray(spec.shape, spec.dtype, memptr=cupy.cuda.MemoryPointer(memory, 0))
 
     def upload(self, array: Any, host: np.ndarray[Any, Any]) -> None:
-        """Copy host values in, through pinned memory."""
+        """Copy host values in, through pinned memory, in the order of launches."""
         if array.size:
-            data = np.ascontiguousarray(host, array.dtype).reshape(-1).view(np.uint8)
-            self._gpus[array.data.device_id].upload(array.data.ptr, data)
+            self._gpus[array.data.device_id].upload([_bytes_for(array, host)])
+
+    def feed(self, pairs: Sequence[tuple[Any, Any]], stage: Any, generation: int) -> None:
+        """Copy the inputs of a step in, if there is a stage while what was launched before still runs."""
+        found = [(array.data.device_id, _bytes_for(array, host)) for array, host in pairs if array.size]
+        if found:
+            at = None if stage is None else stage.data.ptr
+            self._gpus[found[0][0]].upload([pair for _, pair in found], at, generation)
+
+    def fetcher(self, array: Any) -> Fetch:
+        """Copies of a small array to the host, through a page of pinned memory of its own."""
+        gpu = self._gpus[array.data.device_id]
+        with gpu.working("a copy from"):
+            return gpu.new_fetch(array)
 
     def download(self, array: Any) -> np.ndarray[Any, Any]:
         """A host copy."""
@@ -348,3 +371,8 @@ def _address_space_limit_bytes() -> int | None:
         return None
     limit = _resource.getrlimit(_resource.RLIMIT_AS)[0]
     return None if limit == _resource.RLIM_INFINITY else int(limit)
+
+
+def _bytes_for(array: Any, host: np.ndarray[Any, Any]) -> tuple[int, np.ndarray[Any, Any]]:
+    """Address of a device array, and host values in its dtype as flat bytes."""
+    return array.data.ptr, np.ascontiguousarray(host, array.dtype).reshape(-1).view(np.uint8)

@@ -1,4 +1,4 @@
-"""Pinned host memory for copies to and from the device: one buffer, reused, capped, and booked as host memory.
+"""A buffer of pinned host memory for copies to and from the device: reused, capped, and booked as host memory.
 
 CuPy's pinned pool rounds up to a power of two and never gives back: a copy of 1.1 GiB would pin 2 GiB for good. Here a
 large copy goes through the buffer in pieces.
@@ -34,7 +34,7 @@ class PinnedStaging:
         self,
         allocate: Callable[[int], Any],
         charge: Callable[[int], Callable[[], object]],
-        cap_bytes: int = 64 * 2**20,
+        cap_bytes: int = 32 * 2**20,
     ) -> None:
         if cap_bytes < _PAGE_BYTES or cap_bytes % _PAGE_BYTES:
             raise ValueError(
@@ -60,6 +60,16 @@ class PinnedStaging:
         with self._lock:
             if self._lent:
                 raise RuntimeError("the staging buffer is lent already; leave the inner block before the next copy")
+            self.reserve(nbytes)
+            self._lent = True
+            try:
+                yield self._buffer
+            finally:
+                self._lent = False
+
+    def reserve(self, nbytes: int) -> None:
+        """Have min(nbytes, cap) bytes at least. Raises BudgetExceeded: see ``lend``."""
+        with self._lock:
             wanted = min(-(-nbytes // _PAGE_BYTES) * _PAGE_BYTES, self.cap_bytes)
             if wanted > self.nbytes:
                 self.release()  # first: never the old and the new at once
@@ -70,11 +80,6 @@ class PinnedStaging:
                     credit()
                     raise
                 self._credit, self.nbytes = credit, wanted
-            self._lent = True
-            try:
-                yield self._buffer
-            finally:
-                self._lent = False
 
     def pieces(self, nbytes: int) -> Iterator[tuple[int, int]]:
         """(offset, bytes) of the pieces in which so much goes through the buffer."""

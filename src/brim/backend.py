@@ -131,7 +131,12 @@ class Backend(Protocol):
     process; ``native_status()``, one line about the compiled kernels that it runs; and ``joins_side_by_side``, how many
     bytes may be kept alive longer for the sake of fewer launches, where independent small elementwise groups of one
     formula are to run as one ``fused_many``; ``knows_fast_convolutions``, True where its convolutions take the param
-    ``fast``; ``chained(calls)``, which joins a program's prepared calls where that saves time; and
+    ``fast``; ``chained(calls)``, which joins a program's prepared calls where that saves time;
+    ``feed(pairs, stage, generation)``, which copies the inputs of a step, (device array, host array) each, without
+    waiting for what was launched before, and ``stages_inputs``, True where that is to go by way of a second set of
+    device buffers, the stage: a flat uint8 array of the inputs' bytes, each rounded up to ``alignment_bytes``, which
+    is other memory than before when ``generation`` is another number; ``fetcher(array)``, which prepares copies of a
+    small device array to the host: ``start()`` orders one behind what was launched, ``value()`` waits for it; and
     ``gather_rows(source, indices, out, on_team=True)``, which copies rows of a host array into another one:
     ``out[i] = source[indices[i]]``, on its threads or with the calling one alone.
     """

@@ -47,6 +47,22 @@ class _RecordedGraph:
             entry()
 
 
+class _Fetch:
+    """What an array held when a copy of it was ordered. Implements ``brim_cuda.device.Fetcher``."""
+
+    def __init__(self, machine: EmulatedMachine, array: Array) -> None:
+        self._machine, self._array = machine, array
+        self._copied: list[Array] = []
+
+    def start(self) -> None:
+        """A copy at once."""
+        self._copied = [self._machine.download(self._array)]
+
+    def value(self) -> Array:
+        """Of the last copy. Raises IndexError for one that was not ordered."""
+        return self._copied[-1]
+
+
 class EmulatedMachine:
     """One device. Implements ``brim_cuda.device.Machine``.
 
@@ -57,12 +73,14 @@ class EmulatedMachine:
 
     Attributes:
         held_bytes, peak_bytes: taken now, and the most so far, without the overhead.
+        staged_feeds: how often inputs went by way of a stage.
     """
 
     def __init__(self, total_bytes: int = 1 << 30, overhead_bytes: int = 64 << 20, order: int = 0) -> None:
         self.loader = EmulationLoader(order)
         self.total_bytes, self.overhead_bytes = total_bytes, overhead_bytes
         self.held_bytes = self.peak_bytes = 0
+        self.staged_feeds = 0
         self._services: HostServices | None = None
         self._lock = threading.RLock()
 
@@ -123,6 +141,26 @@ class EmulatedMachine:
         if not array.flags.c_contiguous:
             raise ValueError("only row-major arrays are copied to a device")
         np.copyto(array, host)
+
+    def feed(self, pairs: Sequence[tuple[Array, Array]], stage: Array | None, generation: int) -> None:
+        """By way of the stage, so that one that is too small, or memory of something else, is seen."""
+        self._allowed("a copy to the device")
+        at = 0
+        for array, host in pairs:
+            if stage is None:
+                self.upload(array, host)
+                continue
+            piece = stage[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
+            self.upload(piece, host)
+            self.upload(array, piece)
+            at += -(-array.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        if stage is not None:
+            self.staged_feeds += 1
+            stage[:] = _FRESH  # a step that reads its inputs here, and not where they were moved, computes nonsense
+
+    def fetcher(self, array: Array) -> _Fetch:
+        """The array as it is when the copy is ordered."""
+        return _Fetch(self, array)
 
     def download(self, array: Array) -> Array:
         """A copy. Raises ValueError for an array with gaps."""

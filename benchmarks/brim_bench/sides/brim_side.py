@@ -120,6 +120,7 @@ class Brim(Side):
     def start_memory(self) -> None:
         gc.collect()
         self.place.memory.arena.release()
+        self.place.memory.stage.release()
         brim.empty_cache(self.place)
         brim.reset_peak_memory(self.place)
         self._live_bytes = brim.memory_stats(self.place)["live_bytes"]

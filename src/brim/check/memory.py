@@ -97,7 +97,7 @@ def _planned_and_held(name: str, device: Device, before_bytes: int) -> tuple[int
     if len(steps) > 1:  # what one step makes and another reads is known as one thing only once it is there
         kinds = {(which, *(a.shape for a in arguments)): (which, arguments) for which, arguments in net.calls}
         plans = [steps[which].plan(*arguments) for which, arguments in kinds.values()]
-        plan = Plan([program for one in plans for program in one.programs], device.name)
+        plan = Plan([program for one in plans for program in one.programs], device.name, staging=plans[0].staging)
     return plan.peak_bytes - plan.overhead_bytes, held_bytes, planning_bytes
 
 

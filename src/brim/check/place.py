@@ -27,5 +27,6 @@ def settle(device: Device) -> int:
     """Give back what is garbage, the arena and what is held for reuse; returns the bytes that are live then."""
     gc.collect()
     device.memory.arena.release()
+    device.memory.stage.release()
     device.memory.pool.release_cached()
     return device.memory.ledger.live_bytes

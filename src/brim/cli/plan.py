@@ -96,6 +96,7 @@ def run(
     plan.budget = settings.budget
     planned_s = time.perf_counter() - start_s
     limit_bytes = plan.limit_bytes(settings.budget)
+    plan = plan.within(limit_bytes)
     fits = limit_bytes is None or plan.peak_bytes <= limit_bytes
     print(f"{settings.dataset}: {description}")
     _print(plan, limit_bytes, settings.budget, planned_s)
@@ -177,7 +178,7 @@ def _print(plan: Plan, limit_bytes: int | None, budget: str, planned_s: float) -
 
 def _largest(plan: Plan, limit_bytes: int, search_s: float) -> str:
     deadline_s = time.monotonic() + search_s
-    search = BatchSearch(plan, limit_bytes, lambda one: one.peak_bytes, lambda: time.monotonic() >= deadline_s)
+    search = BatchSearch(plan, limit_bytes, lambda one: one.least_bytes, lambda: time.monotonic() >= deadline_s)
     try:
         found = search.run()
     except ValueError:

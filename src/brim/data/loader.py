@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from brim.context import context
-from brim.data.dataset import Dataset, gather
+from brim.data.dataset import ArrayDataset, Dataset, gather
 from brim.data.prefetch import Prefetcher
+from brim.data.resident import Order, ResidentSet, check_resident, resident_specs
 from brim.data.rows import ArrayReader, Reader, in_memory, reader
 from brim.data.transforms import Array
 from brim.device import Device
@@ -52,6 +53,11 @@ class DataLoader:
             else 2: samples read one by one, memory-mapped arrays, transforms of one's own, a GPU.
         device: where the Tensors go; None is the default device.
         to_tensor: False gives NumPy arrays.
+        resident: keep the whole dataset in the device's memory: it is uploaded before the first batch, transformed
+            once, and batches are gathered there, in the same order and with the same bits. It counts against the
+            device's budget, and the memory goes back with the loader. The dataset is an ArrayDataset with brim's own
+            transforms or none; later changes of its arrays are not seen. Where the device computes in host memory, as
+            the CPU does, the arrays are there already, and nothing changes.
 
     Raises:
         ValueError, TypeError: bad settings, among them a batch size that with ``drop_last`` leaves no batch.
@@ -68,6 +74,7 @@ class DataLoader:
         prefetch: int | None = None,
         device: Any = None,
         to_tensor: bool = True,
+        resident: bool = False,
     ) -> None:
         if isinstance(dataset, (tuple, np.ndarray)) or not hasattr(dataset, "__getitem__"):
             raise TypeError(f"DataLoader takes a dataset, such as ArrayDataset(inputs, targets), not {_kind(dataset)}")
@@ -78,7 +85,12 @@ class DataLoader:
         self.seed = _integer("seed", seed, at_least=0)
         self.prefetch = None if prefetch is None else _integer("prefetch", prefetch, at_least=0)
         self.device = device
-        self.to_tensor = bool(to_tensor)
+        self.to_tensor, self.resident = bool(to_tensor), bool(resident)
+        if self.resident:
+            check_resident(dataset)
+            if not self.to_tensor:
+                raise ValueError("resident=True gives Tensors, which to_tensor=False asks not to have; leave one out")
+        self._sets: dict[Device, ResidentSet] = {}
         self._num_samples = len(dataset)
         if self._num_samples == 0:
             raise DataError("the dataset is empty: there is no batch to load")
@@ -124,6 +136,27 @@ class DataLoader:
         size = self.batch_sizes[0] if batch_size is None else batch_size
         one = gather(self.dataset, np.zeros(1, np.int64))
         return tuple(Spec((size, *field.shape[1:]), as_dtype(field.dtype)) for field in one)
+
+    def is_resident(self, device: Any = None) -> bool:
+        """Whether batches for a device are gathered in its memory."""
+        if not self.resident:
+            return False
+        place = find_device(self.device if device is None else device)
+        return place.backend is not None and not place.backend.shares_host_memory
+
+    def resident_memory(self, device: Any = None) -> list[tuple[Spec, bool]]:
+        """What the dataset takes of a device's memory: (spec, whether it is there already) of each piece."""
+        if not self.is_resident(device):
+            return []
+        there = find_device(self.device if device is None else device) in self._sets
+        *fields, order = resident_specs(self._num_samples, self.spec())
+        return [*[(field, there) for field in fields], (order, False)]
+
+    def _resident_set(self, device: Device) -> ResidentSet:
+        if device not in self._sets:
+            assert isinstance(self.dataset, ArrayDataset)
+            self._sets[device] = ResidentSet(self.dataset, device)
+        return self._sets[device]
 
     def order(self, epoch: int) -> Array:
         """The order in which an epoch visits the samples: an int64 permutation, a pure function of seed and epoch."""
@@ -173,7 +206,13 @@ class DataLoader:
         """
         return self._start(False, self.device if device is None else device)
 
-    def _start(self, to_tensor: bool, device: Any) -> Iterator[tuple[Any, ...]]:
+    def for_steps(self, device: Any = None) -> Iterator[tuple[Any, ...]]:
+        """One epoch as steps take it: ``arrays``, or for a resident dataset ``brim.gathered.Gathered``, which planned
+        steps gather straight into their memory."""
+        place = self.device if device is None else device
+        return self._start(None if self.is_resident(place) else False, place)
+
+    def _start(self, to_tensor: bool | None, device: Any) -> Iterator[tuple[Any, ...]]:
         if self._position and not self._resume:  # the last loop was left early
             self._epoch, self._position = self._epoch + 1, 0
         self._resume = False
@@ -181,7 +220,7 @@ class DataLoader:
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled or copied loader goes on where this one is.
-        return self.__dict__ | {"_resume": True, "_current": None}
+        return self.__dict__ | {"_resume": True, "_current": None, "_sets": {}}
 
     def __repr__(self) -> str:
         return (
@@ -191,9 +230,9 @@ class DataLoader:
 
 
 class _Loop(Iterator[tuple[Any, ...]]):
-    """One loop over one epoch, from the loader's position on."""
+    """One loop over one epoch, from the loader's position on; ``to_tensor=None`` leaves rows to be gathered."""
 
-    def __init__(self, loader: DataLoader, to_tensor: bool, device: Any) -> None:
+    def __init__(self, loader: DataLoader, to_tensor: bool | None, device: Any) -> None:
         self._loader, self._epoch, self._position = loader, loader.epoch, loader.position
         self._stop = len(loader)
         self._device, self._to_tensor = device, to_tensor
@@ -203,6 +242,10 @@ class _Loop(Iterator[tuple[Any, ...]]):
         )
         self._worker: Prefetcher[tuple[Array, ...]] | None = None
         self._process = os.getpid()
+        self._resident: Order | None = None
+        if to_tensor is not False and loader.is_resident(device):
+            held = loader._resident_set(find_device(device))
+            self._resident = Order(held, loader.order(loader.epoch), loader.batch_size)
         self._token = loader._current = object()
 
     def __next__(self) -> tuple[Any, ...]:
@@ -212,7 +255,12 @@ class _Loop(Iterator[tuple[Any, ...]]):
             self._token = object()  # told once
             raise StopIteration
         try:
-            batch = self._tensors() if self._to_tensor else self._arrays()
+            if self._resident is not None:
+                batch = self._resident.batch(self._position)
+                if self._to_tensor:
+                    batch = tuple([field.tensor() for field in batch])
+            else:
+                batch = self._tensors() if self._to_tensor else self._arrays()
         except BaseException:
             # Whatever happened, Ctrl-C included, this batch was not received: the next call prepares it again.
             self.close()

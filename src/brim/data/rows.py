@@ -22,7 +22,7 @@ from brim.memory.pool import Block
 from brim.spec import Spec, as_dtype
 from brim.tensor import Tensor, asarray, empty
 
-__all__ = ["ArrayReader", "Reader", "in_memory", "reader"]
+__all__ = ["ArrayReader", "Reader", "in_memory", "of_own_rows", "reader"]
 
 T = TypeVar("T")
 
@@ -194,11 +194,15 @@ def reader(dataset: Dataset, order: Array, batch_size: int, most: int) -> Reader
 
 def in_memory(dataset: Dataset) -> bool:
     """Whether reading a batch is a copy in memory with brim's own transforms at most: no waiting, no slow Python."""
+    return of_own_rows(dataset) and not any(map(_is_mapped, dataset.arrays))  # type: ignore[attr-defined]
+
+
+def of_own_rows(dataset: Dataset) -> bool:
+    """Whether batches are rows of arrays, with brim's own transforms at most: each sample is the same in any batch."""
     if not _gives_rows(dataset):
         return False
     assert isinstance(dataset, ArrayDataset)
-    own = all(transform is None or is_own(transform) for transform in dataset.transforms)
-    return own and not any(map(_is_mapped, dataset.arrays))
+    return all(transform is None or is_own(transform) for transform in dataset.transforms)
 
 
 def _gives_rows(dataset: Dataset) -> bool:

@@ -48,6 +48,7 @@ class DeviceMemory:
         ledger: every live block.
         pool: where blocks come from.
         arena: where planned steps run.
+        stage: where the inputs of the next planned step arrive, on devices that want them there.
         budget: the budget in force.
         limit_bytes: what it comes to here, or None for no limit; the overhead is included.
         overhead_bytes: what context, modules and libraries of this process hold on the device.
@@ -85,6 +86,7 @@ class DeviceMemory:
             lock=lock,
         )
         self.arena = Arena(lambda nbytes: self.allocate(nbytes, "arena", "arena"))
+        self.stage = Arena(lambda nbytes: self.allocate(nbytes, "inputs", "stage"))
         self._together.append(self)
         try:
             self.set_budget(budget_for(budget_from_environment(), name))
@@ -408,6 +410,7 @@ def _after_fork_in_child() -> None:
         if found.memory is not None:
             found.memory.pool.after_fork()
             found.memory.arena.lock = threading.RLock()
+            found.memory.stage.lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -15,7 +15,7 @@ from brim.memory.report import LiveBlock, MemoryReport, budget_exceeded
 from brim.program.fit import remedies
 from brim.program.plan import Plan
 
-__all__ = ["Refusal", "admit", "plan_report", "refusal"]
+__all__ = ["Refusal", "admit", "plan_report", "refusal", "staged_where_it_fits"]
 
 Remedies = Callable[[Plan, int, Callable[[Plan], int]], Sequence[str]]
 
@@ -77,36 +77,62 @@ def refusal(plan: Plan, device: Device, budget: BudgetLike | None = None) -> Ref
     """None when the plan fits next to everything that is live on the device; else why not."""
     memory = device.memory
     memory.settle()
-    limit, whose = memory.tightest()
+    limit, _ = memory.tightest()
     if limit is not None and memory.pool.segment_bytes and memory.held_bytes > limit:
         memory.pool.release_cached()  # a limit that was lowered takes these, so their holes are not to be counted on
-    text = str(whose.budget)
-    if budget is not None:
-        parsed = parse_budget(budget, device.name)
-        own = memory.resolve(parsed)
-        if own is not None and (limit is None or own < limit):
-            limit, text = own, str(parsed)
+    limit, text = _limit(device, budget)
     if limit is None:
         return None
     needed = needed_bytes(plan, device)
     if needed > limit:
         gc.collect()  # nothing is refused for the sake of garbage, or of room that other programs left in the arena
         memory.arena.release()  # however small: smaller variants of the step are not to be held against it either
+        memory.stage.release()
         memory.settle()
         needed = needed_bytes(plan, device)
     if needed > limit:
-        return Refusal(plan, device, limit, text, needed, None)
+        return Refusal(plan.unstaged(), device, limit, text, needed, None)
     if memory.in_host_memory:
         available = read_host_memory().available_bytes
         available += memory.held_bytes - memory.live_bytes  # cached blocks are given back first
         if needed - memory.live_bytes > available:
-            return Refusal(plan, device, limit, text, needed, available)
+            return Refusal(plan.unstaged(), device, limit, text, needed, available)
     return None
 
 
+def _limit(device: Device, budget: BudgetLike | None) -> tuple[int | None, str]:
+    """The tightest limit, and as what it was declared."""
+    limit, whose = device.memory.tightest()
+    text = str(whose.budget)
+    if budget is not None:
+        parsed = parse_budget(budget, device.name)
+        own = device.memory.resolve(parsed)
+        if own is not None and (limit is None or own < limit):
+            limit, text = own, str(parsed)
+    return limit, text
+
+
+def staged_where_it_fits(plan: Plan, device: Device, budget: BudgetLike | None = None) -> Plan:
+    """A plan that was not refused, without its second set of input buffers where there is no room for that."""
+    if not plan.staged_bytes:
+        return plan
+    limit, _ = _limit(device, budget)
+    growth_bytes = max(0, plan.staged_bytes - device.memory.stage.nbytes)
+    fits = limit is None or needed_bytes(plan, device) + growth_bytes <= limit
+    return plan if fits else plan.unstaged()
+
+
+def _created_bytes(plan: Plan) -> int:
+    """Memory outside the arena that is to be taken, but for the second set of input buffers."""
+    return sum(r.reserved_bytes for r in plan.residents if not r.exists) - plan.staged_bytes
+
+
 def needed_bytes(plan: Plan, device: Device) -> int:
-    """What the device would hold while a plan runs: what is live now, overhead included, and what the plan adds."""
-    created_bytes = sum(r.reserved_bytes for r in plan.residents if not r.exists)
+    """What the device would hold while a plan runs: what is live now, overhead included, and what the plan adds.
+
+    A second set of input buffers is not counted: where there is no room, the step runs without.
+    """
+    created_bytes = _created_bytes(plan)
     growth_bytes = max(0, plan.arena_bytes - device.memory.ledger.by_kind["arena"])
     added_bytes = created_bytes + growth_bytes + plan.results_bytes
     return device.memory.live_bytes + added_bytes + _stuck_bytes(plan, device)
@@ -115,7 +141,7 @@ def needed_bytes(plan: Plan, device: Device) -> int:
 def _stuck_bytes(plan: Plan, device: Device) -> int:
     """Where all blocks lie in segments: the holes beside live blocks that are too small for the arena to grow into."""
     pool, growth_bytes = device.memory.pool, plan.arena_bytes - device.memory.ledger.by_kind["arena"]
-    filled_bytes = sum(r.reserved_bytes for r in plan.residents if not r.exists) + plan.results_bytes
+    filled_bytes = _created_bytes(plan) + plan.results_bytes
     if not pool.segment_bytes or growth_bytes <= 0 or plan.arena_bytes + filled_bytes <= pool.largest_hole_bytes:
         return 0
     return max(0, pool.stuck_bytes - filled_bytes)

@@ -59,7 +59,7 @@ class BatchSearch:
     Arguments:
         plan: of some batch.
         limit_bytes: what the peak has to be within; equality fits.
-        needed: the bytes that count for a plan; its peak by default.
+        needed: the bytes that count for a plan; by default its peak, without a second set of input buffers.
         late: True when no further plan may be made.
         vary: applied to the plan of each batch, such as recomputation.
 
@@ -71,7 +71,7 @@ class BatchSearch:
         self,
         plan: Plan,
         limit_bytes: int,
-        needed: Callable[[Plan], int] = lambda plan: plan.peak_bytes,
+        needed: Callable[[Plan], int] = lambda plan: plan.least_bytes,
         late: Callable[[], bool] = lambda: False,
         vary: Callable[[Plan], Plan] | None = None,
     ) -> None:

@@ -20,7 +20,7 @@ from brim.errors import TraceError
 from brim.memory.budget import BudgetLike
 from brim.memory.guard import give_back_on_refusal
 from brim.memory.pool import Block
-from brim.program.admit import refusal
+from brim.program.admit import refusal, staged_where_it_fits
 from brim.program.fit import choose_recomputation, describe, remedies
 from brim.program.ir import Program, Value
 from brim.program.lower import Bound, Pass, Prepared, arena_bytes, prepare, scratch_bytes
@@ -43,6 +43,7 @@ __all__ = ["EXACT_TO_FIT", "CompiledStep", "compile", "leaner", "plan", "spec"]
 _BLOCK, _GRADIENT = attrgetter("_block"), attrgetter("_grad")
 _KEPT_PROGRAMS = 16
 _KEPT_LINES = 100
+_FETCHED_BYTES = 2**20  # larger results are not worth pinned memory of their own
 
 
 def spec(shape: Any, dtype: Any = default_float) -> Spec:
@@ -59,6 +60,11 @@ def _argument_spec(argument: Any) -> tuple[Spec, bool]:
     if isinstance(argument, Spec):
         return Spec(argument.shape, argument.dtype), False
     return Spec(tuple(argument.shape), as_dtype(argument.dtype)), bool(getattr(argument, "requires_grad", False))
+
+
+def _from_host(argument: Any, device: Device) -> bool:
+    """Whether an argument, or what a spec stands for, is copied to a device from the host."""
+    return isinstance(argument, Spec | np.ndarray) or (isinstance(argument, Tensor) and argument.device is not device)
 
 
 def trace_step(
@@ -179,6 +185,7 @@ class CompiledStep:
         self.name = str(name or getattr(fn, "__name__", type(fn).__name__))
         self._versions: OrderedDict[Any, list[_Compiled]] = OrderedDict()
         self._history: list[str] = []
+        self._ran: Runner | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the step.
@@ -200,10 +207,12 @@ class CompiledStep:
             for compiled in versions:
                 reason = compiled.why_not()
                 if not reason:
+                    self._ran = compiled.runner
                     return compiled.run(leaves, self.copy)
         with give_back_on_refusal():
             compiled = self._compile((args, kwargs), leaves)
         self._remember(key, compiled, leaves, reason)
+        self._ran = compiled.runner
         return compiled.run(leaves, self.copy)
 
     def _target(self, leaves: Sequence[Any]) -> Device:
@@ -245,6 +254,7 @@ class CompiledStep:
         own: bool = False,
     ) -> Plan:
         shapes = [tuple(leaf.shape) for leaf in leaves]
+        entry.host_inputs = [_from_host(leaf, device) for leaf in leaves]
         replan = self._replan(arguments, leaves, own)
         facts = profile_facts(device)
         return Plan([entry], device.name, self.name, self.budget, replan, shapes, options=options, **facts)
@@ -274,6 +284,7 @@ class CompiledStep:
                     if refused is not None:
                         self._history.append(EXACT_TO_FIT)
                     refused = None
+                    made = staged_where_it_fits(made, device, self.budget)
                     homes = _commit(traced, device)
                     break
                 refused = refused or why
@@ -281,7 +292,9 @@ class CompiledStep:
             traced.forget_created()
             raise
         if refused is None:
-            return _Compiled(traced, made, Runner(entry.prepared, device, homes, traced.receivers), device)
+            fetched_bytes = 0 if self.copy else _FETCHED_BYTES
+            runner = Runner(entry.prepared, device, homes, traced.receivers, made.staged_bytes, fetched_bytes)
+            return _Compiled(traced, made, runner, device)
         traced.forget_created()  # before other variants of the step are traced
         del traced
         most_bytes = refused.most_bytes
@@ -336,6 +349,10 @@ class CompiledStep:
         finally:
             traced.forget_created()
         return self._plan_of(entry, (args, kwargs), leaves, device, self.options)
+
+    def on_host(self, result: Tensor) -> Any:
+        """A result of the latest call, with ``copy=False``, as a NumPy array: see ``Runner.on_host``."""
+        return result.detach().numpy() if self._ran is None else self._ran.on_host(result)
 
     def program(self) -> Program:
         """The program of the latest version, after all passes; ``print`` shows one line an instruction."""

@@ -33,7 +33,7 @@ FIT_TIME_S = 10.0
 
 def peak_of(plan: Plan) -> int:
     """What counts against the limit when nothing else is live."""
-    return plan.peak_bytes
+    return plan.least_bytes
 
 
 def remedies(

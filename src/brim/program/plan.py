@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from brim.device import device as find_device
 from brim.io.atomic import atomic_write
 from brim.memory.budget import BudgetLike, parse_budget
@@ -30,6 +32,7 @@ from brim.program.options import NO_OPTIONS, Options, option_passes
 from brim.program.profiles import find_profile
 from brim.program.schema import timeline
 from brim.program.traffic import Traffic, traffic_of
+from brim.spec import Spec
 from brim.units import format_bytes
 
 __all__ = [
@@ -90,6 +93,7 @@ class PlannedProgram:
         prepared: the program with its places.
         residents: memory outside the arena that it needs.
         n_results: how many of the program's results are handed out as copies.
+        host_inputs: which of the program's inputs come from the host; all of them when None.
         traced: the program before any pass, where it is to be planned with other options.
         lower: prepares a traced program with options.
         options: what it was prepared with.
@@ -102,6 +106,7 @@ class PlannedProgram:
     traced: Program | None = None
     lower: Callable[[Program, Options], Prepared] | None = None
     options: Options = NO_OPTIONS
+    host_inputs: Sequence[bool] | None = None
     kinds: dict[Value, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +126,14 @@ class PlannedProgram:
     @property
     def arena_bytes(self) -> int:
         return self.prepared.memory.arena_bytes
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of a second set of the inputs that come from the host, each rounded up."""
+        inputs = self.prepared.program.inputs
+        from_host = [True] * len(inputs) if self.host_inputs is None else self.host_inputs
+        unit = self.prepared.alignment_bytes
+        return sum(round_up(value.nbytes, unit) for value, own in zip(inputs, from_host, strict=False) if own)
 
     def vary(self, options: Options) -> PlannedProgram:
         """The same step planned with other options; itself where that is impossible."""
@@ -197,6 +210,7 @@ class Plan:
         options: what the programs were planned with.
         alternatives: (text, plan maker) of further ways to need less, offered when this plan does not fit: the text
             says what to do ("2 micro-batches of 32"), the maker plans it.
+        staging: whether inputs arrive in a second set of buffers while the step before runs.
     """
 
     def __init__(
@@ -213,12 +227,13 @@ class Plan:
         options: Options = NO_OPTIONS,
         alternatives: Sequence[tuple[str, Callable[[], Plan]]] = (),
         overhead_exactness: str = "exact",
+        staging: bool = False,
     ) -> None:
         self.programs, self.device, self.what, self.budget = list(programs), device, what, budget
         self.replan, self.input_shapes = replan, list(input_shapes)
         self.estimated, self.overhead_bytes, self.profile = estimated, overhead_bytes, profile
         self.options, self.alternatives = options, list(alternatives)
-        self.overhead_exactness = overhead_exactness
+        self.overhead_exactness, self.staging = overhead_exactness, staging
 
     def vary(self, options: Options) -> Plan:
         """The same step planned with other options."""
@@ -238,7 +253,18 @@ class Plan:
             self.profile,
             options,
             overhead_exactness=self.overhead_exactness,
+            staging=self.staging,
         )
+
+    def unstaged(self) -> Plan:
+        """The same plan with one set of input buffers: inputs are copied between two steps, not during one."""
+        made = self.with_programs(self.programs, self.options)
+        made.alternatives, made.staging = self.alternatives, False
+        return made
+
+    def within(self, limit_bytes: int | None) -> Plan:
+        """The plan as it would run within a limit: without a second set of input buffers where there is no room."""
+        return self if limit_bytes is None or self.peak_bytes <= limit_bytes else self.unstaged()
 
     @property
     def exactness(self) -> dict[str, str]:
@@ -257,7 +283,16 @@ class Plan:
     @cached_property
     def residents(self) -> list[Resident]:
         """Memory outside the arena, each piece once."""
-        return list({r.key: r for program in self.programs for r in program.residents}.values())
+        found = {r.key: r for program in self.programs for r in program.residents}
+        if nbytes := self.staged_bytes:
+            value = Value(Spec((nbytes,), np.dtype("u1")), category="inputs", op="stage")
+            found["stage"] = Resident("stage", value, nbytes, False)
+        return list(found.values())
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the second set of input buffers, 0 for none."""
+        return max((p.staged_bytes for p in self.programs), default=0) if self.staging else 0
 
     @property
     def resident_bytes(self) -> int:
@@ -277,6 +312,11 @@ class Plan:
     def peak_bytes(self) -> int:
         """The most memory that the step and everything it needs ever hold on the device."""
         return self.resident_bytes + self.arena_bytes + self.results_bytes + self.overhead_bytes
+
+    @property
+    def least_bytes(self) -> int:
+        """The peak without a second set of input buffers: what is held against budgets."""
+        return self.peak_bytes - self.staged_bytes
 
     @property
     def peak_program(self) -> PlannedProgram:
@@ -368,9 +408,9 @@ class Plan:
         return parsed.resolve(total_bytes, available_bytes + memory.overhead_bytes, headroom_bytes)
 
     def fits(self, budget: BudgetLike) -> bool:
-        """True when the peak is within the budget (equality fits)."""
+        """True when the peak is within the budget (equality fits); a second set of inputs can be done without."""
         limit = self.limit_bytes(budget)
-        return limit is None or self.peak_bytes <= limit
+        return limit is None or self.least_bytes <= limit
 
     def largest_batch(self, budget: BudgetLike) -> int:
         """The largest batch whose plan fits: b fits and b + 1 does not. 0 when not even one sample fits.
@@ -389,7 +429,8 @@ class Plan:
         """The plan as plain data, see docs/plan-schema.md."""
         from importlib.metadata import version  # slow, and for reports alone
 
-        return document(self, version("brim"))
+        plan = self if self.budget is None else self.within(self.limit_bytes(self.budget))
+        return document(plan, version("brim"))
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON (docs/plan-schema.md), also written to a file where a path is given."""

@@ -131,10 +131,11 @@ class ProfileDevice(Device):
 
 
 def profile_facts(device: Device) -> dict[str, Any]:
-    """What a ``Plan`` for a device says of its overhead, and of its profile if it has one."""
-    if not isinstance(device, ProfileDevice):
+    """What a ``Plan`` for a device says of its overhead, of how inputs arrive, and of its profile if it has one."""
+    facts: dict[str, Any] = {"staging": bool(getattr(device.backend, "stages_inputs", False))}
+    if isinstance(device, ProfileDevice):
+        facts |= {"estimated": True, "overhead_bytes": device.profile.overhead_bytes, "profile": device.profile.name}
+    elif device.memory is not None and device.memory.overhead_bytes:
         memory = device.memory
-        if memory is None or not memory.overhead_bytes:
-            return {}
-        return {"overhead_bytes": memory.overhead_bytes, "overhead_exactness": memory.overhead_exactness}
-    return {"estimated": True, "overhead_bytes": device.profile.overhead_bytes, "profile": device.profile.name}
+        facts |= {"overhead_bytes": memory.overhead_bytes, "overhead_exactness": memory.overhead_exactness}
+    return facts

@@ -24,6 +24,7 @@ from brim.context import context, set_grad_enabled
 from brim.device import Device
 from brim.eager import Eager, check_out
 from brim.errors import TraceError
+from brim.gathered import Gathered
 from brim.memory.ledger import user_site
 from brim.op import REGISTRY, Op
 from brim.program.ir import STORE, HostScalar, Instruction, Program, Ref, Value
@@ -485,5 +486,5 @@ def trace(
 
 
 def is_argument(x: Any) -> bool:
-    """True for what becomes an input of a program: tensors, NumPy arrays, and specs in their place."""
-    return isinstance(x, Tensor | np.ndarray | Spec)
+    """True for what becomes an input of a program: tensors, NumPy arrays, rows to gather, and specs in their place."""
+    return isinstance(x, Tensor | np.ndarray | Spec | Gathered)

@@ -14,22 +14,26 @@ from functools import partial
 from typing import Any
 
 from brim.autograd import no_grad
+from brim.data import DataLoader
 from brim.device import Device, process_default
 from brim.errors import ShapeError, TraceError
+from brim.gathered import Gathered
 from brim.memory.guard import give_back_on_refusal
+from brim.memory.pool import round_up
 from brim.nn import Module
-from brim.program.admit import needed_bytes, refusal
+from brim.program.admit import needed_bytes, refusal, staged_where_it_fits
 from brim.program.batch import BatchSearch
 from brim.program.compile import EXACT_TO_FIT, CompiledStep, leaner
 from brim.program.fit import choose_recomputation, describe, remedies
-from brim.program.plan import Plan, PlannedProgram
+from brim.program.ir import Value
+from brim.program.plan import Plan, PlannedProgram, Resident
 from brim.program.profiles import ProfileDevice, profile_facts
 from brim.spec import Spec
 from brim.tensor import Tensor, asarray
 from brim.train.batches import Batch, TrainingBatch
 from brim.train.steps import Steps
 
-__all__ = ["EagerSteps", "PlannedSteps", "evaluating", "largest_batch_quickly", "real_device"]
+__all__ = ["EagerSteps", "PlannedSteps", "as_tensor", "evaluating", "largest_batch_quickly", "real_device"]
 
 _MOST_PARTS = 256
 
@@ -41,7 +45,7 @@ class EagerSteps:
         self.steps, self.device = steps, device
 
     def _tensor(self, array: Any) -> Tensor:
-        return asarray(array, device=self.device)
+        return as_tensor(array, self.device)
 
     def exclusive(self) -> AbstractContextManager[Any]:
         """Nothing to hold: outputs have memory of their own."""
@@ -64,6 +68,11 @@ class EagerSteps:
         return self.steps.predict(self._tensor(inputs))
 
 
+def as_tensor(batch: Any, device: Device) -> Tensor:
+    """A field of a batch, from the host or to be gathered, as a tensor."""
+    return batch.tensor() if isinstance(batch, Gathered) else asarray(batch, device=device)
+
+
 class PlannedSteps:
     """The steps as planned programs.
 
@@ -74,11 +83,15 @@ class PlannedSteps:
 
     Attributes:
         parts: micro-batches into which a training step splits its batch.
+        data_sets: memory of data sets that are kept on the device.
+        from_host: whether batches of the training, and of the evaluation, are copied from the host.
     """
 
     def __init__(self, steps: Steps, device: Device, **options: Any) -> None:
         self.steps, self.device = steps, device
         self.parts = 1
+        self.data_sets: list[Resident] = []
+        self.from_host: tuple[bool, ...] = (True, True)
         self._train = CompiledStep(steps.train, name="training step", device=device, copy=False, **options)
         self._evaluate = CompiledStep(steps.evaluate, name="evaluation", device=device, copy=False)
         self._predict = CompiledStep(steps.predict, name="prediction", device=device, copy=False)
@@ -89,7 +102,9 @@ class PlannedSteps:
 
     def on_host(self, outputs: Any) -> Any:
         """Outputs as a NumPy array; it lasts until the next run of any program, and so keeps no memory."""
-        return outputs.array if outputs.device.backend.shares_host_memory else outputs.detach().numpy()
+        if outputs.device.backend.shares_host_memory:
+            return outputs.array
+        return (self._train if self.steps.model.training else self._evaluate).on_host(outputs)
 
     def on_profile(self, name: str) -> PlannedSteps:
         """The same steps, to be planned for the card that a profile describes; they cannot be run there."""
@@ -156,17 +171,33 @@ class PlannedSteps:
                 if not last:
                     name = "first gradients" if first else "further gradients"
                 one = self._train.plan(*batch, first, last, used)
-                programs.append(_named(name, one))
+                programs.append(self._fed(_named(name, one), self.from_host[0]))
                 if batch[0].shape[0] == largest:
                     whole.append((name, one, True))
         with hinting(), evaluating(self.steps.model):
             for number, batch in enumerate(evaluation):
                 name = "evaluation" if number == 0 else "last evaluation batch"
                 one = self._evaluate.plan(*batch)
-                programs.append(_named(name, one))
+                programs.append(self._fed(_named(name, one), self.from_host[1]))
                 if number == 0:
                     whole.append((name, one, False))
         return self._joined(programs, whole, self._alternatives(train) if used == self.parts else [])
+
+    def feed_from(self, training: DataLoader | None, evaluation: DataLoader | None) -> None:
+        """Plan for batches of these loaders from now on; data sets that they keep on the device are planned, too."""
+        loaders = training, evaluation
+        self.from_host = tuple(one is None or not one.is_resident(self.device) for one in loaders)
+        self.data_sets, unit = [], self.device.backend.alignment_bytes
+        for loader in dict.fromkeys(one for one in loaders if one is not None):
+            for number, (spec, exists) in enumerate(loader.resident_memory(self.device)):
+                value = Value(spec, "state", "inputs", "dataset")
+                key = id(loader), number
+                self.data_sets.append(Resident(key, value, round_up(value.nbytes, unit), exists))
+
+    @staticmethod
+    def _fed(program: PlannedProgram, from_host: bool) -> PlannedProgram:
+        program.host_inputs = [from_host] * len(program.prepared.program.inputs)
+        return program
 
     def _joined(
         self,
@@ -174,6 +205,9 @@ class PlannedSteps:
         whole: Sequence[tuple[str, Plan, bool]],
         alternatives: Sequence[tuple[str, Callable[[], Plan]]] = (),
     ) -> Plan:
+        data_sets, from_host = self.data_sets, self.from_host
+        programs[0].residents = [*programs[0].residents, *data_sets]
+
         def replan(shapes: list[tuple[int, ...]]) -> Plan:
             found = []
             for name, one, is_training in whole:  # partial batches are left out: they need less than whole ones
@@ -181,7 +215,9 @@ class PlannedSteps:
                 with mode(self.steps.model, True) if is_training else evaluating(self.steps.model):
                     made = one.replan([(shapes[0][0], *shape[1:]) for shape in one.input_shapes])
                 found.append((name, made, is_training))
-            return self._joined([_named(name, made) for name, made, _ in found], found)
+            self.data_sets, self.from_host = data_sets, from_host  # as they were when this plan was made
+            named = [self._fed(_named(name, made), from_host[not is_training]) for name, made, is_training in found]
+            return self._joined(named, found)
 
         shapes = whole[0][1].input_shapes
         options = self._train.options
@@ -225,7 +261,7 @@ class PlannedSteps:
             if refused is not None:
                 raise refused.error(remedies)
             self.device.memory.arena.reserve(made.arena_bytes)
-        return made
+        return staged_where_it_fits(made, self.device)
 
     def _exactly(self, refused: Plan, train: Sequence[TrainingBatch], evaluation: Sequence[Batch]) -> Plan | None:
         """The plan with exact convolutions, if there were others and it fits; the steps are then run so."""

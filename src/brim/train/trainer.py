@@ -17,6 +17,7 @@ from brim import random
 from brim.data import DataLoader
 from brim.device import device as find_device
 from brim.errors import CheckpointError, DeviceError
+from brim.gathered import Gathered
 from brim.io import check_compatible, latest_checkpoint, load_checkpoint
 from brim.memory.budget import BudgetLike
 from brim.memory.guard import give_back_on_refusal
@@ -25,13 +26,13 @@ from brim.nn import CrossEntropyLoss, Module
 from brim.optim import GradScaler, Optimizer, ReduceLROnPlateau
 from brim.program.plan import Plan
 from brim.spec import Spec
-from brim.tensor import Tensor, asarray
+from brim.tensor import Tensor
 from brim.train.batches import batches_of_loader, infer_batch, training_batches
 from brim.train.callbacks import Callback, improved
 from brim.train.diagnose import first_non_finite
 from brim.train.interrupt import on_interrupt
 from brim.train.metrics import Averages, Metric, find_metrics
-from brim.train.planning import EagerSteps, PlannedSteps, evaluating, largest_batch_quickly, real_device
+from brim.train.planning import EagerSteps, PlannedSteps, as_tensor, evaluating, largest_batch_quickly, real_device
 from brim.train.progress import Progress
 from brim.train.record import describe_results, describe_settings
 from brim.train.run_folder import RunFolder
@@ -179,6 +180,7 @@ class Trainer:
             raise ValueError("plan() needs planned steps: leave compile=False out")
         if device_profile is not None:
             run = run.on_profile(device_profile)
+        loader = other = None
         if data is not None:
             loader = data if isinstance(data, DataLoader) else self._loader(data, batch_size or 64, shuffle=True)
             batches = batches_of_loader(loader, batch_size)
@@ -188,7 +190,9 @@ class Trainer:
             count = self.accumulate
         held_out = batches if evaluation else []
         if validation is not None:
-            held_out = batches_of_loader(self._loader(validation, batches[0][0].shape[0], False))
+            other = self._loader(validation, batches[0][0].shape[0], False)
+            held_out = batches_of_loader(other)
+        run.feed_from(loader, loader if validation is None else other)
         return run.plan(training_batches(batches, count, self.accumulate), held_out)
 
     def _admit(self, loader: DataLoader, validation: Any, progress: Progress) -> None:
@@ -197,7 +201,9 @@ class Trainer:
         if not isinstance(run, PlannedSteps):
             return
         train = training_batches(batches_of_loader(loader), len(loader), self.accumulate)
-        held_out = () if validation is None else batches_of_loader(self._loader(validation, loader.batch_size, False))
+        other = None if validation is None else self._loader(validation, loader.batch_size, False)
+        held_out = () if other is None else batches_of_loader(other)
+        run.feed_from(loader, other)
         plan = self.planned = run.admit(train, held_out, self.options["fit"], progress.message)
         limit_bytes = self.device.memory.limit_bytes
         line = f"planned: peak {format_bytes(plan.peak_bytes)}"
@@ -317,7 +323,7 @@ class Trainer:
         against small models, so that what may wait (reading the memory in swap, showing progress) goes by the clock."""
         batches, accumulate, steps, callbacks = len(loader), self.accumulate, self._steps, self.callbacks
         look_s = time.perf_counter() + _SWAP_EVERY_S
-        for inputs, targets in loader.arrays(self.device):
+        for inputs, targets in loader.for_steps(self.device):
             position = loader.position
             begun = (position - 1) // accumulate * accumulate
             steps.share = 1.0 / min(accumulate, batches - begun)
@@ -381,8 +387,9 @@ class Trainer:
 
     def _not_finite(self, inputs: np.ndarray[Any, Any]) -> FloatingPointError:
         self.device.memory.arena.release()  # to run the layers one by one
+        self.device.memory.stage.release()
         with self._steps.precision.forward():
-            where = first_non_finite(self.model, asarray(inputs, device=self.device))
+            where = first_non_finite(self.model, as_tensor(inputs, self.device))
         return FloatingPointError(
             f"the loss is {self._steps.loss_value} at step {self.step + 1}: {where}; lower the learning rate, or set "
             "clip_norm"
@@ -392,6 +399,7 @@ class Trainer:
         if not self.metrics:
             return {}
         host = self._run.on_host(outputs)
+        targets = targets.numpy() if isinstance(targets, Gathered) else targets
         return {name: float(metric(host, targets)) for name, metric in self.metrics.items()}
 
     # ---------------------------------------------------------------- using the model
@@ -404,7 +412,7 @@ class Trainer:
     def _evaluate(self, dataset: Any, batch_size: int) -> dict[str, float]:
         averages = Averages()
         with evaluating(self.model), give_back_on_refusal():
-            for inputs, targets in self._loader(dataset, batch_size, shuffle=False).arrays(self.device):
+            for inputs, targets in self._loader(dataset, batch_size, shuffle=False).for_steps(self.device):
                 with self._run.exclusive():
                     outputs = self._run.evaluate(inputs, targets)
                     averages.add(len(targets), {"loss": self._steps.loss_value, **self._measure(outputs, targets)})
@@ -420,7 +428,7 @@ class Trainer:
                 starts = range(0, len(inputs), batch_size)
                 batches: Iterable[Any] = (inputs[i : i + batch_size] for i in starts)
             else:
-                batches = (batch[0] for batch in self._loader(inputs, batch_size, shuffle=False).arrays(self.device))
+                batches = (batch[0] for batch in self._loader(inputs, batch_size, shuffle=False).for_steps(self.device))
             for batch in batches:
                 with self._run.exclusive():
                     outputs.append(np.array(self._run.predict(batch).detach().numpy()))
