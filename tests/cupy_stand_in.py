@@ -6,17 +6,26 @@ Copies on streams are checked for missing waits (``cuda_streams.py``).
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import cupy
 import numpy as np
 
+from brim_cuda.device import CudaBackend
 from brim_cuda.emulation import EmulationLoader
+from brim_cuda.graph_driver import Driver
+from brim_cuda.machine import GpuMachine
 from brim_cuda.requirements import Facts
 from cuda_streams import Books, Event, Stream
+from fake_cuda_driver import FakeDriverLibrary
 
-__all__ = ["FACTS", "Loader", "StandIn"]
+__all__ = ["FACTS", "NAME", "Loader", "StandIn", "registered"]
+
+NAME = "standin"
 
 GIB, MIB = 2**30, 2**20
 CONTEXT_BYTES = 300 * MIB
@@ -182,3 +191,18 @@ class StandIn:
 
     def get_default_memory_pool(self) -> _Pool:
         return self.pool
+
+
+@contextmanager
+def registered() -> Iterator[StandIn]:
+    """A machine with one card, registered as the device NAME."""
+    devices = sys.modules["brim.device"]
+    made = StandIn()
+    loader = Loader(made)
+    driver = Driver(FakeDriverLibrary(loader))
+    devices._backends[NAME] = CudaBackend(GpuMachine(made, lambda: FACTS, loader, lambda: driver), NAME)
+    try:
+        yield made
+    finally:
+        del devices._backends[NAME]
+        devices._devices.pop((NAME, 0), None)

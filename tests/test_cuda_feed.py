@@ -15,17 +15,13 @@ from brim.errors import BudgetExceeded, DeviceError
 from brim_cuda.device import CudaBackend
 from brim_cuda.emulation import find_compiler
 from brim_cuda.feed import ALIGNMENT_BYTES, staged_bytes
-from brim_cuda.graph_driver import Driver
-from brim_cuda.machine import GpuMachine
 from cuda_streams import Books, Event, Stream
-from fake_cuda_driver import FakeDriverLibrary
 
 pytest.importorskip("cupy", reason="needs CuPy, for its arrays (no GPU)")
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs g++, which was not found")
 
-from cupy_stand_in import FACTS, Loader, StandIn  # noqa: E402  # imports CuPy
+from cupy_stand_in import NAME, StandIn, registered  # noqa: E402  # imports CuPy
 
-NAME = "standin"
 PAGE = 4096
 devices = sys.modules["brim.device"]
 
@@ -33,13 +29,8 @@ devices = sys.modules["brim.device"]
 @pytest.fixture
 def cupy() -> Iterator[StandIn]:
     """A machine with one card, registered as a device of its own for one test."""
-    made = StandIn()
-    loader = Loader(made)
-    driver = Driver(FakeDriverLibrary(loader))
-    devices._backends[NAME] = CudaBackend(GpuMachine(made, lambda: FACTS, loader, lambda: driver), NAME)
-    yield made
-    del devices._backends[NAME]
-    devices._devices.pop((NAME, 0), None)
+    with registered() as made:
+        yield made
 
 
 def gpu() -> Any:

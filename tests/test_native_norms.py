@@ -36,9 +36,11 @@ def test_batch_norm(shape: tuple[int, ...], order: str, dtype: Any) -> None:
     if order == "channels last" and len(shape) > 2:
         statistics = Spec((1, shape[1], *(1,) * (len(shape) - 2)), np.dtype(dtype))
         outs = [spec_of(x), statistics, statistics]
+    # The mean is rounded: numbers of a channel that differ little from it lose digits in the difference.
+    lost = max(1.0, float(np.abs(x).max()) / math.sqrt(float(x.var(axis=(0, *range(2, x.ndim))).min()) + 1e-5))
     for w, b in ((weight, bias), (1.0, 0.0), (weight, 0.5)):
         found = run("batch_norm", x, w, b, outs=outs, eps=1e-5)
-        for got, want, scale in zip(found, body("batch_norm", x, w, b, eps=1e-5), (8, 8, None), strict=True):
+        for got, want, scale in zip(found, body("batch_norm", x, w, b, eps=1e-5), (8 * lost, 8, None), strict=True):
             close(got, want, 32, scale)
     _, mean, var = found
     vector = Spec(weight.shape, weight.dtype)

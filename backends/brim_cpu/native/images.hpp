@@ -3,18 +3,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include "simd.hpp"
+#include "turn.hpp"
 
 namespace brim {
 
 // As many floats as one register holds.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
+constexpr int kLanes = kVectorBytes / 4;
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 
@@ -52,81 +46,18 @@ inline Floats fma_(Floats a, Floats b, Floats c) {
 // Stores the first `count` lanes.
 inline void store_part(float* to, Floats v, i64 count) { std::memcpy(to, &v, size_t(count) * 4); }
 
-template <int B>
-struct Row;
-template <>
-struct Row<4> {
-    typedef float Type __attribute__((vector_size(16)));
-    typedef int Which __attribute__((vector_size(16)));
-};
-template <>
-struct Row<8> {
-    typedef float Type __attribute__((vector_size(32)));
-    typedef int Which __attribute__((vector_size(32)));
-};
-template <>
-struct Row<16> {
-    typedef float Type __attribute__((vector_size(64)));
-    typedef int Which __attribute__((vector_size(64)));
-};
-
-template <int B>
-struct Block {
-    using Floats = typename Row<B>::Type;
-
-    // to[c][r] = from[r][c] for a block of B by B: rows a distance d apart are interleaved, for d = B/2, B/4, ... 1.
-    static void turn(float* to, i64 to_step, const float* from, i64 from_step) {
-        Floats rows[B], next[B];
-#pragma GCC unroll 16
-        for (int r = 0; r < B; r++) std::memcpy(&rows[r], from + r * from_step, sizeof(Floats));
-        typename Row<B>::Which low, high;
-        for (int i = 0; i < B; i++) {
-            low[i] = i / 2 + (i % 2) * B;
-            high[i] = B / 2 + i / 2 + (i % 2) * B;
-        }
-#pragma GCC unroll 4
-        for (int level = 1; level < B; level *= 2) {
-#pragma GCC unroll 8
-            for (int r = 0; r < B / 2; r++) {
-#if defined(__clang__)
-                for (int i = 0; i < B; i++) {
-                    next[2 * r][i] = i % 2 ? rows[r + B / 2][i / 2] : rows[r][i / 2];
-                    next[2 * r + 1][i] = i % 2 ? rows[r + B / 2][B / 2 + i / 2] : rows[r][B / 2 + i / 2];
-                }
-#else
-                next[2 * r] = __builtin_shuffle(rows[r], rows[r + B / 2], low);
-                next[2 * r + 1] = __builtin_shuffle(rows[r], rows[r + B / 2], high);
-#endif
-            }
-#pragma GCC unroll 16
-            for (int r = 0; r < B; r++) rows[r] = next[r];
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < B; r++) std::memcpy(to + r * to_step, &rows[r], sizeof(Floats));
-    }
-
-    // The last block of an axis overlaps the one before it.
-    static void turn_all(float* to, i64 to_step, const float* from, i64 from_step, i64 rows, i64 columns) {
-        for (i64 r = 0; r < rows; r += B) {
-            const i64 row = std::min(r, rows - B);
-            for (i64 c = 0; c < columns; c += B) {
-                const i64 column = std::min(c, columns - B);
-                turn(to + column * to_step + row, to_step, from + row * from_step + column, from_step);
-            }
-        }
-    }
-};
-
 // to[c][r] = from[r][c], rows by columns.
 inline void turn(float* to, i64 to_step, const float* from, i64 from_step, i64 rows, i64 columns) {
     const i64 least = std::min(rows, columns);
+    u32* const bits = reinterpret_cast<u32*>(to);
+    const u32* const source = reinterpret_cast<const u32*>(from);
 #if defined(__AVX512F__)
-    if (least >= 16) return Block<16>::turn_all(to, to_step, from, from_step, rows, columns);
+    if (least >= 16) return Square<u32, 16>::turn_all(bits, to_step, source, from_step, rows, columns);
 #endif
 #if defined(__AVX__)
-    if (least >= 8) return Block<8>::turn_all(to, to_step, from, from_step, rows, columns);
+    if (least >= 8) return Square<u32, 8>::turn_all(bits, to_step, source, from_step, rows, columns);
 #endif
-    if (least >= 4) return Block<4>::turn_all(to, to_step, from, from_step, rows, columns);
+    if (least >= 4) return Square<u32, 4>::turn_all(bits, to_step, source, from_step, rows, columns);
     for (i64 c = 0; c < columns; c++)
         for (i64 r = 0; r < rows; r++) to[c * to_step + r] = from[r * from_step + c];
 }

@@ -119,11 +119,17 @@ void max_one(const Windows& s, const float* plane, i64 i, i64 j, float* out, i32
     *index = i32(std::max<i64>(where, 0));  // a dilated window may step over the whole image
 }
 
+template <int B>
+struct Several {
+    typedef float Values __attribute__((vector_size(B * 4)));
+    typedef i32 Places __attribute__((vector_size(B * 4)));
+};
+
 // B results next to each other, whose windows have all their columns inside.
 template <int B, i64 Stride>
 inline void max_block(const Windows& s, const float* plane, Range a, i64 i, i64 j, float* out, i32* index) {
-    using Values = typename Row<B>::Type;
-    using Places = typename Row<B>::Which;
+    using Values = typename Several<B>::Values;
+    using Places = typename Several<B>::Places;
     const i64 stride = Stride ? Stride : s.sw, first = j * stride - s.pw;
     Places steps, pick;
     for (int n = 0; n < B; n++) steps[n] = i32(n * stride), pick[n] = n < B / 2 ? 2 * n : 2 * n + 1;

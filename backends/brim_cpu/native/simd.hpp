@@ -18,6 +18,15 @@
 
 namespace brim {
 
+// The widest vectors that the compiler may use.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
 // a * b + c, in one rounding where the processor has it: never a call of the C library.
 inline float fma_(float a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)

@@ -7,14 +7,6 @@
 
 namespace brim {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
 
 constexpr i64 kTileBytes = 8 * kVectorBytes;
