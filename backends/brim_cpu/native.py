@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from brim.backend import ScalarCell
+from brim.backend import ScalarCell, join_neighbours
 from brim_cpu import native_build
 from brim_cpu.processors import checked_threads, default_threads
 
@@ -101,17 +101,7 @@ class Call:
 
 def chained(calls: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
     """The same calls, neighbours of the native library joined into one call each."""
-    found: list[Callable[[], None]] = []
-    native: list[Call] = []
-    for call in (*calls, None):
-        if isinstance(call, Call):
-            native.append(call)
-            continue
-        found += [_chain(native)] if len(native) > 1 else native
-        native = []
-        if call is not None:
-            found.append(call)
-    return found
+    return join_neighbours(calls, lambda call: isinstance(call, Call), _chain)
 
 
 def _chain(calls: Sequence[Call]) -> Callable[[], None]:

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from brim.backend import BoundKernel, HostServices, MemoryInfo
+from brim.backend import BoundKernel, HostServices, MemoryInfo, join_neighbours
 from brim.op import Op
 from brim.spec import Scalar, Spec
 from brim_cuda import registry, steps
 from brim_cuda.gemm_epilogue import joins_epilogue
 from brim_cuda.gemm_run import Multiply, Zero
-from brim_cuda.graphs import Graph, graphed, wanted
+from brim_cuda.graphs import SHORTEST, Graph, Graphed, wanted
 from brim_cuda.launch import Loader
 
 __all__ = ["CudaBackend", "Fetcher", "Machine"]
@@ -140,7 +140,9 @@ class CudaBackend:
 
     def chained(self, calls: Sequence[Callable[[], None]]) -> list[Callable[[], None]]:
         """A step's launches as graphs, which are launched as one."""
-        return graphed(calls, _is_launch, self.machine.capture) if wanted() else list(calls)
+        if not wanted():
+            return list(calls)
+        return join_neighbours(calls, _is_launch, lambda row: Graphed(row, self.machine.capture), SHORTEST)
 
     def joins_epilogue(
         self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from brim_cuda.lowlevel import LowLevelError
 from brim_cuda.steps import Launch, failure
 
-__all__ = ["CaptureRefused", "Graph", "Graphed", "graphed", "wanted"]
+__all__ = ["CaptureRefused", "Graph", "Graphed", "wanted"]
 
 WARM_RUNS = 2
 SHORTEST = 3
@@ -93,22 +93,3 @@ class Graphed:
             return f"{launches}, one by one: {self.reason}"
         how = "replayed as one graph" if self._graph is not None else f"to be captured after {WARM_RUNS} runs"
         return f"{launches}, {how}, {len(self._changing)} with numbers that change from step to step"
-
-
-def graphed(
-    calls: Sequence[Callable[[], None]],
-    is_launch: Callable[[Any], bool],
-    capture: Callable[[Sequence[Callable[[], None]]], Graph],
-) -> list[Callable[[], None]]:
-    """The same calls, where each row of launches is one ``Graphed``; what the host does in between stays between."""
-    found: list[Callable[[], None]] = []
-    row: list[Callable[[], None]] = []
-    for call in (*calls, None):
-        if call is not None and is_launch(call):
-            row.append(call)
-            continue
-        found += [Graphed(row, capture)] if len(row) >= SHORTEST else row
-        row = []
-        if call is not None:
-            found.append(call)
-    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,7 +17,15 @@ import numpy as np
 from brim.op import Op
 from brim.spec import Scalar, Spec
 
-__all__ = ["Backend", "BoundKernel", "HostMemoryView", "HostServices", "MemoryInfo", "ScalarCell"]
+__all__ = [
+    "Backend",
+    "BoundKernel",
+    "HostMemoryView",
+    "HostServices",
+    "MemoryInfo",
+    "ScalarCell",
+    "join_neighbours",
+]
 
 
 class ScalarCell:
@@ -26,6 +35,26 @@ class ScalarCell:
 
     def __init__(self, value: Scalar = 0) -> None:
         self.value = value
+
+
+Call = Callable[[], None]
+
+
+def join_neighbours(
+    calls: Sequence[Call], can_join: Callable[[Any], bool], join: Callable[[list[Any]], Call], least: int = 2
+) -> list[Call]:
+    """The same calls in the same order, each row of neighbours joined into one.
+
+    Arguments:
+        can_join: whether a call may be part of a row.
+        join: makes one call of a row.
+        least: shorter rows are left as they are.
+    """
+    found: list[Call] = []
+    for joins, row in groupby(calls, can_join):
+        group = list(row)
+        found += [join(group)] if joins and len(group) >= least else group
+    return found
 
 
 @dataclass(frozen=True, slots=True)
