@@ -37,11 +37,15 @@ def set_float32_precision(name: str) -> None:
         ValueError: another name.
     """
     global _tf32
-    if name not in _NAMES:
-        raise ValueError(f"the precision of float32 products is 'full' or 'tf32', got {name!r}")
+    _check_products(name)
     if _tf32 != (name == "tf32"):
         _tf32 = name == "tf32"
         modes.changes += 1
+
+
+def _check_products(name: str) -> None:
+    if name not in _NAMES:
+        raise ValueError(f"the precision of float32 products is 'full' or 'tf32', got {name!r}")
 
 
 def float32_precision() -> str:
@@ -52,8 +56,7 @@ def float32_precision() -> str:
 @contextmanager
 def float32_products(name: str) -> Iterator[None]:
     """Inside the block and in this thread, what ``set_float32_precision(name)`` would choose for the process."""
-    if name not in _NAMES:
-        raise ValueError(f"the precision of float32 products is 'full' or 'tf32', got {name!r}")
+    _check_products(name)
     before = context.products
     context.products = name
     try:

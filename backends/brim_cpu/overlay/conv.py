@@ -104,37 +104,29 @@ def _uses_tiles(sizes: _Geometry, fast: bool, images: Spec, w: Spec, how: dict[s
 
 @overlay("conv2d")
 def _conv2d(ins: Specs, outs: Sequence[Spec], *, fast: bool = False, **how: Any) -> NativeKernel | None:
-    x, w = ins
-    (out,) = outs
-    assert isinstance(x, Spec)
-    assert isinstance(w, Spec)
-    if not _suits((w.shape[2], w.shape[3]), how["stride"], x, w, out) or is_channels_last(out) is None:
-        return None
-    sizes = _Geometry(x, w, out, **how)
-    tiled = _uses_tiles(sizes, fast, out, w, how)
-    function = _WINOGRAD if tiled else _CONV
-    return NativeKernel(
-        lambda out, x, w, scratch: [function.bind(out, x, w, scratch, sizes.array)],
-        scratch_bytes=sizes.scratch_bytes(_WINOGRAD_SCRATCH if tiled else _SCRATCH, 0),
-        contiguous=(*_copied(x), True),
-    )
+    return _with_filters(ins, outs[0], False, fast, how)
 
 
 @overlay("conv2d_grad_input")
 def _grad_input(ins: Specs, outs: Sequence[Spec], *, size: Pair, fast: bool = False, **how: Any) -> NativeKernel | None:
-    g, w = ins
-    (out,) = outs
-    assert isinstance(g, Spec)
+    return _with_filters(ins, outs[0], True, fast, how)
+
+
+def _with_filters(ins: Specs, out: Spec, backward: bool, fast: bool, how: dict[str, Any]) -> NativeKernel | None:
+    """Images and filters to images; backward: from the gradient of the results to that of the images."""
+    images, w = ins
+    assert isinstance(images, Spec)
     assert isinstance(w, Spec)
-    if not _suits((w.shape[2], w.shape[3]), how["stride"], g, w, out) or is_channels_last(out) is None:
+    if not _suits((w.shape[2], w.shape[3]), how["stride"], images, w, out) or is_channels_last(out) is None:
         return None
-    sizes = _Geometry(out, w, g, **how)
+    sizes = _Geometry(out, w, images, **how) if backward else _Geometry(images, w, out, **how)
     tiled = _uses_tiles(sizes, fast, out, w, how)
-    function = _WINOGRAD_GRAD_INPUT if tiled else _GRAD_INPUT
+    functions = (_GRAD_INPUT, _WINOGRAD_GRAD_INPUT) if backward else (_CONV, _WINOGRAD)
+    function = functions[tiled]
     return NativeKernel(
-        lambda out, g, w, scratch: [function.bind(out, g, w, scratch, sizes.array)],
-        scratch_bytes=sizes.scratch_bytes(_WINOGRAD_SCRATCH if tiled else _SCRATCH, 1),
-        contiguous=(*_copied(g), True),
+        lambda out, images, w, scratch: [function.bind(out, images, w, scratch, sizes.array)],
+        scratch_bytes=sizes.scratch_bytes(_WINOGRAD_SCRATCH if tiled else _SCRATCH, int(backward)),
+        contiguous=(*_copied(images), True),
     )
 
 

@@ -26,46 +26,28 @@ def _is_bound(index: Spec) -> bool:
     return index.dtype in (np.int32, np.int64)
 
 
-@overlay("cross_entropy")
+@overlay("cross_entropy", "cross_entropy_powers")
 def cross_entropy(
     ins: Sequence[Any], outs: Sequence[Spec], *, ignore_index: int, smoothing: float
 ) -> NativeKernel | None:
-    """Losses, largest scores and logarithms of sums; a class that does not exist is an IndexError."""
+    """Losses, largest scores and logarithms of sums; a class that does not exist is an IndexError.
+
+    Of ``cross_entropy_powers`` losses, logarithms of sums and powers, which may lie where the scores do.
+    """
     x, index = ins
     if not all_float32((x, *outs)) or not _is_bound(index) or not x.size:
         return None
+    keeps_powers = outs[-1].ndim == 2
 
     def calls(out: Any, x: Any, index: Any, scratch: Any) -> list[Any]:
-        losses, top, total = out
-        return _forward(losses, top, total, None, scratch, x, index, (ignore_index, smoothing))
+        losses, top, total, powers = (out[0], None, *out[1:]) if keeps_powers else (*out, None)
+        seen = scratch.view(np.int64)
+        arguments = (index.itemsize, *x.shape, ignore_index, smoothing)
+        call = _FORWARD.bind(losses, top, total, powers, seen, x, index, *arguments)
+        call.checks.append(partial(_check, seen, x.shape[1], ignore_index))
+        return [call]
 
-    return NativeKernel(calls, scratch_bytes=16, contiguous=True)
-
-
-@overlay("cross_entropy_powers")
-def cross_entropy_powers(
-    ins: Sequence[Any], outs: Sequence[Spec], *, ignore_index: int, smoothing: float
-) -> NativeKernel | None:
-    """Losses, logarithms of sums and powers, which may lie where the scores do."""
-    x, index = ins
-    if not all_float32((x, *outs)) or not _is_bound(index) or not x.size:
-        return None
-
-    def calls(out: Any, x: Any, index: Any, scratch: Any) -> list[Any]:
-        losses, total, powers = out
-        return _forward(losses, None, total, powers, scratch, x, index, (ignore_index, smoothing))
-
-    return NativeKernel(calls, scratch_bytes=16, contiguous=True, aliasing=True)
-
-
-def _forward(
-    losses: Any, top: Any, total: Any, powers: Any, scratch: Any, x: Any, index: Any, how: tuple[int, float]
-) -> list[Any]:
-    """The call, with what it is to write; ``how`` is ``ignore_index`` and ``smoothing``."""
-    range_seen = scratch.view(np.int64)
-    call = _FORWARD.bind(losses, top, total, powers, range_seen, x, index, index.itemsize, *x.shape, *how)
-    call.checks.append(partial(_check, range_seen, x.shape[1], how[0]))
-    return [call]
+    return NativeKernel(calls, scratch_bytes=16, contiguous=True, aliasing=keeps_powers)
 
 
 def _check(found: Any, classes: int, ignore_index: int) -> None:

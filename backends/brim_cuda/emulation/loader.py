@@ -176,26 +176,19 @@ class EmulationLoader:
         shared_bytes: int,
         packed: Sequence[Any],
     ) -> None:
-        run = partial(self._execute, kernel, function, library, blocks, threads, shared_bytes)
+        sizes = np.array([*(*blocks, 1, 1)[:3], threads, 1, 1], np.uint32)
+        run = partial(self._execute, kernel, function, library, sizes, shared_bytes)
         if self.recording is None:
             run(packed)
         else:
             self.recording.append(Recorded(run, packed))
 
     def _execute(
-        self,
-        kernel: Kernel,
-        function: Any,
-        library: Any,
-        blocks: tuple[int, ...],
-        threads: int,
-        shared_bytes: int,
-        packed: Sequence[Any],
+        self, kernel: Kernel, function: Any, library: Any, sizes: Any, shared_bytes: int, packed: Sequence[Any]
     ) -> None:
         # Every argument in eight or more bytes of its own, as a driver's launch takes their addresses.
         places = [np.array(value) for value in packed]
         addresses = np.array([place.ctypes.data for place in places], np.uint64)
-        sizes = np.array([*(*blocks, 1, 1)[:3], threads, 1, 1], np.uint32)
         with self._lock:
             self.launches += 1
             code = function(sizes.ctypes.data, addresses.ctypes.data, self.order, shared_bytes)
