@@ -7,6 +7,7 @@ Networks are the same as those of ``workloads/``, with parameters in the same or
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -35,48 +36,48 @@ def _normal(*shape: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-class Functional(Side):
+class Functional(Side, ABC):
     """What such libraries share."""
 
     channels: ClassVar[int] = 1  # the axis of an image's channels; -1: the last
 
     # ---- what a library gives
 
-    def relu(self, x: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def relu(self, x: Any) -> Any: ...
 
-    def rsqrt(self, x: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def rsqrt(self, x: Any) -> Any: ...
 
     def mean(self, x: Any, axes: Shape) -> Any:
         """With the axes kept."""
         return x.mean(axes, keepdims=True)
 
-    def softmax(self, x: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def softmax(self, x: Any) -> Any: ...
 
+    @abstractmethod
     def gelu(self, x: Any) -> Any:
         """By tanh."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cross_entropy(self, scores: Any, classes: Any) -> Any:
         """The mean over all rows of (n, c) scores."""
-        raise NotImplementedError
 
     def layer_norm(self, x: Any, weight: Any, bias: Any) -> Any:
         centred = x - self.mean(x, (-1,))
         return centred * self.rsqrt(self.mean(centred * centred, (-1,)) + _EPS) * weight + bias
 
+    @abstractmethod
     def drop(self, x: Any, p: float, key: Any, number: int) -> Any:
         """``number`` tells the dropouts of a network apart, for libraries whose random numbers come from a key."""
-        raise NotImplementedError
 
-    def convolution(self, x: Any, kernel: Any, stride: int, padding: int) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def convolution(self, x: Any, kernel: Any, stride: int, padding: int) -> Any: ...
 
+    @abstractmethod
     def max_pool(self, x: Any) -> Any:
         """2 x 2."""
-        raise NotImplementedError
 
     def causal_mask(self, tokens: int) -> Any:
         """(tokens, tokens): 0 where a token is seen, very small where not."""
