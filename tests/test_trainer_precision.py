@@ -13,7 +13,9 @@ from brim import data, nn, optim
 from brim.cli.app import main
 from brim.io import list_checkpoints, load_checkpoint, read_json
 from brim.precision import float32_products
+from brim.program.fit import remedies
 from brim.train import Callback, Trainer
+from brim.units import format_bytes
 from emulated import device as emulated_device
 
 PRECISIONS = ("fp32", "bf16", "fp16", "tf32")
@@ -212,6 +214,32 @@ def test_a_model_without_memory_is_planned_in_every_precision() -> None:
             peaks[precision] = trainer.plan(batch_size=4096).peak_bytes
     assert peaks["tf32"] == peaks["fp32"]
     assert max(peaks["bf16"], peaks["fp16"]) < 0.75 * peaks["fp32"]
+
+
+@pytest.mark.parametrize(("precision", "dtype", "offered"), [
+    ("fp32", "float32", True),
+    ("tf32", "float32", True),
+    ("bf16", "float32", False),
+    ("fp16", "float32", False),
+    ("fp32", "bfloat16", False),
+], ids=["fp32", "tf32", "bf16", "fp16", "bfloat16 parameters"])  # fmt: skip
+def test_a_refusal_offers_half_width_where_it_is_something_new(precision: str, dtype: str, offered: bool) -> None:
+    def plan(precision: str) -> Any:
+        layers = [layer for _ in range(2) for layer in (nn.Linear(32, 32), nn.Tanh())]
+        model = nn.Sequential(*layers, nn.Linear(32, 3)).to(dtype)
+        return Trainer(model, optim.SGD(model.parameters(), 0.1), progress=False, precision=precision).plan(512)
+
+    whole = plan(precision)
+    half = plan("bf16") if dtype == "float32" else whole
+    found = {text: make().peak_bytes for text, make in whole.alternatives}
+    assert ('precision="bf16"' in found) == offered
+    if offered:
+        assert half.peak_bytes < whole.peak_bytes
+        lines = "\n".join(remedies(whole, half.peak_bytes, time_s=60))
+        assert f'precision="bf16" -> {format_bytes(half.peak_bytes)}' in lines
+        assert found['precision="bf16"'] == half.peak_bytes, "as a Trainer of that precision plans it"
+        lines = "\n".join(remedies(whole, half.peak_bytes - 4096, time_s=60))
+        assert 'precision="bf16" ->' not in lines.split("not enough: ")[0]
 
 
 @pytest.mark.emulated

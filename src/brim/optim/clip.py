@@ -10,6 +10,7 @@ from typing import Any
 from brim import ops
 from brim.autocast import suspended
 from brim.autograd import no_grad
+from brim.context import phase_scope
 from brim.creation import zeros
 from brim.tensor import Tensor
 
@@ -43,7 +44,7 @@ def clip_grad_norm_(
     if not p > 0 or (isinstance(max_norm, Real) and not max_norm >= 0):
         raise ValueError(f"expected max_norm >= 0 and norm_type > 0, got {max_norm!r} and {norm_type!r}")
     members = _with_gradients(parameters)
-    with no_grad(), suspended():
+    with no_grad(), suspended(), phase_scope("update"):
         parts = [_part(member.grad, p) for member in members if member.grad.size]
         if not parts:
             return zeros((), device=members[0].grad.device if members else None)
@@ -64,7 +65,7 @@ def clip_grad_value_(parameters: Iterable[Tensor] | Tensor, clip_value: float) -
     if not clip_value >= 0:
         raise ValueError(f"expected clip_value >= 0, got {clip_value!r}")
     limit = float(clip_value)
-    with no_grad(), suspended():
+    with no_grad(), suspended(), phase_scope("update"):
         for p in _with_gradients(parameters):
             p.grad = ops.minimum(ops.maximum(p.grad, -limit), limit).book_as("grads")
 

@@ -108,10 +108,12 @@ class PlannedSteps:
 
     def on_profile(self, name: str) -> PlannedSteps:
         """The same steps, to be planned for the card that a profile describes; they cannot be run there."""
-        options = self._train.options
-        device = ProfileDevice(name, self.device)
-        made = PlannedSteps(self.steps, device, **asdict(options))
-        made.parts = self.parts
+        return self._like(self.steps, ProfileDevice(name, self.device))
+
+    def _like(self, steps: Steps, device: Device) -> PlannedSteps:
+        """Other steps, or another device, with the options of these."""
+        made = PlannedSteps(steps, device, **asdict(self._train.options))
+        made.parts, made.data_sets, made.from_host = self.parts, self.data_sets, self.from_host
         return made
 
     # ---------------------------------------------------------------- running
@@ -301,14 +303,22 @@ class PlannedSteps:
         return high
 
     def _alternatives(self, train: Sequence[TrainingBatch]) -> list[tuple[str, Callable[[], Plan]]]:
-        """Micro-batches, as remedies for a plan that does not fit."""
+        """Half-width computing and micro-batches, as remedies for a plan that does not fit."""
         most = min(train[0][0][0].shape[0], _MOST_PARTS)
         found: list[tuple[str, Callable[[], Plan]]] = []
+        half = self._in_half()
+        if half is not None:
+            found.append(('precision="bf16"', partial(half.plan, train, ())))
         parts = 2 * self.parts
-        while parts <= most and len(found) < 3:
+        while parts <= most and parts < 16 * self.parts:
             found.append((self._parts_text(train, parts), partial(self.plan, train, (), parts)))
             parts *= 2
         return found
+
+    def _in_half(self) -> PlannedSteps | None:
+        """The same steps in bfloat16 where a model may be trained so and is not yet; else None."""
+        steps = self.steps.in_half()
+        return None if steps is None else self._like(steps, self.device)
 
 
 def largest_batch_quickly(plan: Plan, device: Device, limit_bytes: int, seconds: float = 2.0) -> int | None:

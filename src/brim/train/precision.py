@@ -11,11 +11,12 @@ from brim.optim import GradScaler, Optimizer
 from brim.precision import float32_products
 from brim.spec import default_float, is_float
 
-__all__ = ["PRECISIONS", "Precision"]
+__all__ = ["HALF_WIDTH", "PRECISIONS", "Precision"]
 
 PRECISIONS = ("fp32", "bf16", "fp16", "tf32")
 
-_LOW = {"bf16": "bfloat16", "fp16": "float16"}
+HALF_WIDTH = {"bf16": "bfloat16", "fp16": "float16"}
+"""The precisions that compute in half width, and its dtype."""
 
 
 class Precision:
@@ -39,7 +40,7 @@ class Precision:
             raise ValueError(f"precision: expected {', '.join(map(repr, PRECISIONS))}, got {name!r}")
         self.name = name
         self.scaler: GradScaler | None = None
-        if name not in _LOW:
+        if name not in HALF_WIDTH:
             return
         for path, param in model.named_parameters():
             if is_float(param.dtype) and param.dtype != default_float:
@@ -58,7 +59,7 @@ class Precision:
 
     def forward(self) -> AbstractContextManager[None]:
         """Around model and loss."""
-        return autocast(_LOW[self.name]) if self.name in _LOW else nullcontext()
+        return autocast(HALF_WIDTH[self.name]) if self.name in HALF_WIDTH else nullcontext()
 
     def whole(self) -> AbstractContextManager[None]:
         """Around a whole step."""
@@ -66,5 +67,5 @@ class Precision:
 
     def readable(self, outputs: Any) -> Any:
         """A model's outputs for the host: float32 where autocast made them half as wide."""
-        low = self.name in _LOW and is_float(outputs.dtype) and outputs.dtype.itemsize == 2
+        low = self.name in HALF_WIDTH and is_float(outputs.dtype) and outputs.dtype.itemsize == 2
         return outputs.astype(default_float) if low else outputs

@@ -17,7 +17,7 @@ from brim.nn import Module
 from brim.optim import Optimizer, clip_grad_norm_
 from brim.optim.optimizer import layer_of
 from brim.tensor import empty
-from brim.train.precision import Precision
+from brim.train.precision import HALF_WIDTH, Precision
 
 __all__ = ["LossNotFinite", "Steps"]
 
@@ -58,6 +58,17 @@ class Steps:
         self.share = 1.0
         self.loss_value = math.nan
         self._kept: dict[int, Any] = {}  # id of a parameter -> the sum of its gradients so far
+
+    def in_half(self) -> Steps | None:
+        """These steps with ``precision="bf16"``; None where they compute in half width already, or may not."""
+        if self.precision.name in HALF_WIDTH:
+            return None
+        try:
+            return Steps(
+                self.model, self.loss, self.optimizer, self.clip_norm, self.accumulate, self.keep_outputs, "bf16"
+            )
+        except ValueError:  # the model has parameters that are not float32
+            return None
 
     # ---------------------------------------------------------------- training
 
