@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import brim
-from brim.check.networks import NETWORKS, compiled, make
+from brim.check.networks import IN_HALF, NETWORKS, compiled, make
 from brim_cuda.launch import Kernel
 from brim_cuda.nvrtc import compile_cubin, find_nvrtc, nvrtc_version
 from brim_cuda.source import translation_unit
@@ -32,7 +32,7 @@ PROFILE = "h100-80gb"
 def of_planned_networks() -> list[Kernel]:
     """Those of the test networks as they are planned for a GPU: fused groups, joined updates, and all between."""
     found: dict[Kernel, None] = {}
-    for name in NETWORKS:
+    for name in (*NETWORKS, *IN_HALF):
         net = make(name)
         steps_of = compiled(net)
         for which in sorted({which for which, _ in net.calls}):

@@ -13,7 +13,7 @@ import numpy as np
 import brim
 from brim import op as op_module
 from brim.backend import BoundKernel, ScalarCell
-from brim.check.networks import NETWORKS, compiled, make
+from brim.check.networks import IN_HALF, NETWORKS, compiled, make
 from brim.check.table import all_rows
 from brim.op import REGISTRY, Op
 from brim.spec import Spec
@@ -122,7 +122,7 @@ def recorded_in_networks() -> tuple[Recorded, ...]:
     Composites run their bodies, whatever the CPU has kernels for.
     """
     with _Recorder() as recorder, patch.object(device, "bind_native", _no_composites(device.bind_native)):
-        for name in NETWORKS:
+        for name in (*NETWORKS, *IN_HALF):
             net = make(name)
             steps = compiled(net)
             for which in sorted({which for which, _ in net.calls}):

@@ -12,7 +12,7 @@ import brim
 import brim.op
 from brim.check import ops, training
 from brim.check.compare import Mismatch, Worst, compare, demand_same_bits
-from brim.check.networks import CHOSEN, NETWORKS
+from brim.check.networks import CHOSEN, IN_HALF, NETWORKS
 from brim.check.result import Check, Finding, Result, Skip, perform
 from brim.check.table import Row, all_rows
 from brim.op import REGISTRY
@@ -213,9 +213,10 @@ def test_a_missing_kernel_fails(second: Any, monkeypatch: pytest.MonkeyPatch) ->
 # ---------------------------------------------------------------- networks
 
 
-def test_twelve_networks() -> None:
-    assert len(CHOSEN) == len(set(CHOSEN)) == 12
-    assert set(CHOSEN) <= set(NETWORKS)
+def test_fourteen_networks() -> None:
+    assert len(CHOSEN) == len(set(CHOSEN)) == 14
+    assert set(CHOSEN) <= NETWORKS.keys() | IN_HALF.keys()
+    assert set(IN_HALF) <= set(CHOSEN), "the only ones whose products and attention run in half width"
     assert set(training.QUICK) <= set(CHOSEN)
     assert [c.name for c in training.checks(CPU)] == [f"{n}, {how}" for n in CHOSEN for how in ("eager", "planned")]
 

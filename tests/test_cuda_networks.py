@@ -10,7 +10,7 @@ import pytest
 
 import brim
 from brim import nn, ops, optim
-from brim.check.networks import NETWORKS, compiled, make
+from brim.check.networks import IN_HALF, NETWORKS, compiled, make
 from brim.check.place import on
 from brim.check.training import OnCpu, check_network
 from brim.program.compile import plan
@@ -215,14 +215,14 @@ def test_what_the_gate_admits_is_never_refused_on_the_way(spare_bytes: int) -> N
 # ------------------------------------------------------------------------------------------------- all test networks
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, *IN_HALF])
 def test_networks_follow_the_cpu(name: str) -> None:
     reference = OnCpu(name)
     for planned in (False, True):
         check_network(reference, device(), planned=planned)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, *IN_HALF])
 def test_planned_networks_hold_what_is_planned(name: str) -> None:
     others_bytes = _settled_bytes()
     with on(device()):

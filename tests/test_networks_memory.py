@@ -12,12 +12,12 @@ import pytest
 
 import brim
 from brim import nn, optim
-from brim.check.networks import NETWORKS, Net, compiled, make
+from brim.check.networks import IN_HALF, NETWORKS, Net, compiled, make
 from brim.program.compile import CompiledStep, plan, spec
 from brim.program.compile import compile as compile_step
 from brim.program.plan import Plan
 
-NAMES = list(NETWORKS)
+NAMES = [*NETWORKS, *IN_HALF]
 CPU = brim.device("cpu")
 
 LARGE = {

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import brim
-from brim.check.networks import NETWORKS, Net, compiled, make
+from brim.check.networks import IN_HALF, NETWORKS, Net, compiled, make
 from brim.program.passes import default_passes
 
-NAMES = list(NETWORKS)
+NAMES = [*NETWORKS, *IN_HALF]
 PASSES = {getattr(one, "func", one).__name__: one for one in default_passes(brim.device("cpu").backend)}
 REORDERING = "layout"
 IMAGES = ("cnn", "residual", "recomputed", "unet")

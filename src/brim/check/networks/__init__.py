@@ -12,6 +12,7 @@ from typing import Any
 
 import brim
 from brim.check.networks.dense import dropout_heavy, gradient_penalty, hypergradient, mixed_precision, mlp, rmsprop
+from brim.check.networks.half import autocast_attention, scaled_cnn
 from brim.check.networks.images import cnn, recomputed, residual, unet
 from brim.check.networks.net import STEPS, Net
 from brim.check.networks.sequences import embedding, lstm, shared_weights, transformer
@@ -19,7 +20,7 @@ from brim.check.networks.updates import accumulation_across_calls, accumulation_
 from brim.program.compile import CompiledStep
 from brim.program.compile import compile as compile_step
 
-__all__ = ["CHOSEN", "NETWORKS", "STEPS", "Net", "compiled", "make"]
+__all__ = ["CHOSEN", "IN_HALF", "NETWORKS", "STEPS", "Net", "compiled", "make"]
 
 NETWORKS: dict[str, Callable[..., Net]] = {
     make.__name__: make
@@ -30,17 +31,21 @@ NETWORKS: dict[str, Callable[..., Net]] = {
     )
 }  # fmt: skip
 
+IN_HALF: dict[str, Callable[..., Net]] = {make.__name__: make for make in (autocast_attention, scaled_cnn)}
+"""Networks that choose half width by themselves: their numbers are as far from float32 as that is."""
+
 CHOSEN = (
     "mlp", "cnn", "residual", "recomputed", "unet", "transformer", "lstm", "embedding", "dropout_heavy",
     "mixed_precision", "accumulation_across_calls", "gradient_penalty",
+    *IN_HALF,
 )  # fmt: skip
-"""The twelve that ``brim check`` runs: between them every kind of layer, most optimizers, all precisions."""
+"""The fourteen that ``brim check`` runs: between them every kind of layer, most optimizers, all precisions."""
 
 
 def make(name: str, times: int = 1) -> Net:
     """A network with the same weights at every call."""
     brim.manual_seed(3)
-    return NETWORKS[name](times)
+    return (NETWORKS.get(name) or IN_HALF[name])(times)
 
 
 def compiled(net: Net, **options: Any) -> list[CompiledStep]:

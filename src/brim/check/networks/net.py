@@ -31,6 +31,7 @@ class Net:
         steps: the functions that a user would compile; most networks have one.
         calls: (which of the steps, its arguments as NumPy arrays), in the order of a run.
         options: further options for ``brim.compile``.
+        rounding: relative rounding of what it computes in where that is less than its weights have; 0 for the weights'.
     """
 
     modules: list[nn.Module]
@@ -38,6 +39,7 @@ class Net:
     steps: tuple[Callable[..., Any], ...]
     calls: list[tuple[int, tuple[Array, ...]]]
     options: dict[str, Any] = field(default_factory=dict)
+    rounding: float = 0.0
 
     def state(self) -> dict[str, Array | float]:
         """Copies of all parameters, gradients, buffers and optimizer state, and the optimizers' numbers."""
