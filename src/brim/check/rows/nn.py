@@ -12,6 +12,10 @@ from brim.errors import ShapeError
 
 LOOSE = {"float16": (2e-2, 2e-2), "bfloat16": (1e-1, 1e-1), "float32": (1e-4, 1e-4)}
 HOW = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
+# The fast algorithm, where the sizes are such that a backend that has one chooses it.
+FAST = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "fast": True}
+NEAR = {"float16": (2e-2, 2e-1), "bfloat16": (1e-1, 1.0), "float32": (1e-4, 2e-3)}  # sums of some hundred products
+_WIDE = (2, 32, 16, 17)
 LABELS = np.array([2, 0, -100, 3, 3])
 
 
@@ -44,20 +48,20 @@ def _conv_terms(x: Any, w: Any, g: Any, groups: int, how: dict[str, Any]) -> Non
                     w[os, :, a, b] += g[:, os, i, j].T @ x[:, cs, y, z]
 
 
-def _conv(x: Any, w: Any, *, groups: int, **how: Any) -> Any:
+def _conv(x: Any, w: Any, *, groups: int, fast: bool = False, **how: Any) -> Any:
     sites = [(i, j) for i, j, _ in _windows(x.shape[2:], w.shape[2:], **how)]
     out = np.zeros((x.shape[0], w.shape[0], sites[-1][0] + 1, sites[-1][1] + 1))
     _conv_terms(x, w, out, groups, {**how, "target": "out"})
     return out
 
 
-def _conv_input(g: Any, w: Any, *, size: Any, groups: int, **how: Any) -> Any:
+def _conv_input(g: Any, w: Any, *, size: Any, groups: int, fast: bool = False, **how: Any) -> Any:
     x = np.zeros((g.shape[0], w.shape[1] * groups, *size))
     _conv_terms(x, w, g, groups, {**how, "target": "x"})
     return x
 
 
-def _conv_weight(g: Any, x: Any, *, kernel: Any, groups: int, **how: Any) -> Any:
+def _conv_weight(g: Any, x: Any, *, kernel: Any, groups: int, fast: bool = False, **how: Any) -> Any:
     w = np.zeros((g.shape[1], x.shape[1] // groups, *kernel))
     _conv_terms(x, w, g, groups, {**how, "target": "w"})
     return w
@@ -217,6 +221,15 @@ ROWS = [
         tolerance=LOOSE,
         big=(_gradients, _images),
     ),
+    Row("conv2d", (In(_WIDE), In((32, 32, 3, 3))), _conv, FAST, tolerance=NEAR),
+    Row(
+        "conv2d_grad_input",
+        (In(_WIDE), In((32, 32, 3, 3))),
+        _conv_input,
+        {**FAST, "size": _WIDE[2:]},
+        tolerance=NEAR,
+    ),
+    Row("conv2d_grad_weight", (In(_WIDE), In(_WIDE)), _conv_weight, {**FAST, "kernel": (3, 3)}, tolerance=NEAR),
     Row("max_pool2d", (_distinct,), _max_pool, _SPARSE, tolerance=LOOSE, big=(_planes,)),
     Row(
         "max_pool2d_grad",
