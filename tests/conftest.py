@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 import brim
 import emulated
+import second_device
 
 # A first call pays for allocations and a shared machine stalls: neither is a failure.
 settings.register_profile("brim", deadline=None)
@@ -67,3 +70,17 @@ def _no_arena_of_another_test() -> None:
     """How much an earlier test left in the arena depends on the order of the tests; no test's memory may."""
     brim.device("cpu").memory.arena.release()
     emulated.settle()
+
+
+@pytest.fixture
+def fresh_kernels() -> Iterator[None]:
+    """Kernels that one test has spoilt are not found by the next."""
+    brim.op._eager._plans.clear()
+    yield
+    brim.op._eager._plans.clear()
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, second_device.SecondBackend]:
+    """(device, backend) of a second device beside the CPU."""
+    return second_device.add_second_device(monkeypatch)

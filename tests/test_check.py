@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,23 +15,10 @@ from brim.check.networks import CHOSEN, IN_HALF, NETWORKS
 from brim.check.result import Check, Finding, Result, Skip, perform
 from brim.check.table import Row, all_rows
 from brim.op import REGISTRY
-from second_device import SecondBackend, add_second_device, double, results_of, spoil_cpu
+from second_device import SecondBackend, double, results_of, spoil_cpu
 
 CPU = brim.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_kernels() -> Iterator[None]:
-    """Kernels that one test has spoilt are not found by the next."""
-    brim.op._eager._plans.clear()
-    yield
-    brim.op._eager._plans.clear()
-
-
-@pytest.fixture
-def second(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, SecondBackend]:
-    """(device, backend)."""
-    return add_second_device(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh_kernels")
 
 
 def row_of(name: str) -> Row:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,10 @@ from brim.check.result import Result
 from brim.check.table import all_rows
 from brim.cli import main
 from brim.io import read_json
-from second_device import SecondBackend, add_second_device, double, results_of
+from second_device import SecondBackend, double, results_of
 
 CPU = brim.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_kernels() -> Iterator[None]:
-    """Kernels that one test has spoilt are not found by the next."""
-    brim.op._eager._plans.clear()
-    yield
-    brim.op._eager._plans.clear()
-
-
-@pytest.fixture
-def second(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, SecondBackend]:
-    """(device, backend)."""
-    return add_second_device(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh_kernels")
 
 
 # ---------------------------------------------------------------- environment

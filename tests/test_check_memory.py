@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -21,24 +20,11 @@ from brim.check.result import Check, Result, Skip, perform
 from brim.check.two_processes import SPARE_BYTES
 from brim.memory.host import read_host_memory
 from brim.program.compile import CompiledStep
-from second_device import SecondBackend, add_second_device, results_of
+from second_device import results_of
 
 CPU = brim.device("cpu")
 SHORT = LongRun(width=16, steps=12)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_kernels() -> Iterator[None]:
-    """Kernels that one test has spoilt are not found by the next."""
-    brim.op._eager._plans.clear()
-    yield
-    brim.op._eager._plans.clear()
-
-
-@pytest.fixture
-def second(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, SecondBackend]:
-    """(device, backend)."""
-    return add_second_device(monkeypatch)
+pytestmark = pytest.mark.usefixtures("fresh_kernels")
 
 
 # ---------------------------------------------------------------- memory

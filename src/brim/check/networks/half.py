@@ -61,7 +61,7 @@ def scaled_cnn(times: int = 1) -> Net:
     stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     inner = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
     head = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 9, 4))
-    modules = [stem, inner, head]
+    modules: list[nn.Module] = [stem, inner, head]
     optimizer = optim.SGD([p for m in modules for p in m.parameters()], lr=0.004, momentum=0.9)
     scaler = optim.GradScaler(init_scale=2.0**8)
 
