@@ -205,14 +205,18 @@ using namespace brim;
 
 // Bytes of working memory of the two functions below.
 BRIM_EXPORT void brim_conv2d_scratch(i64* bytes, const Geometry* g, i64 backward) {
-    if (planar_suits(*g, backward != 0))
+    if (depthwise_suits(*g))
+        *bytes = depthwise_scratch_bytes(*g, backward != 0);
+    else if (planar_suits(*g, backward != 0))
         *bytes = planar_scratch_bytes(*g, backward != 0);
     else
         *bytes = Sweep(*g, backward != 0).scratch_bytes();
 }
 
 static void convolve(float* to, const float* from, const float* w, float* scratch, const Geometry& g, bool backward) {
-    if (planar_suits(g, backward))
+    if (depthwise_suits(g))
+        depthwise(to, from, w, scratch, g, backward);
+    else if (planar_suits(g, backward))
         planar(to, from, w, scratch, g, backward);
     else
         Sweep(g, backward).run(to, from, w, scratch, backward);

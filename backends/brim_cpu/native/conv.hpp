@@ -23,9 +23,11 @@ bool planar_suits(const Geometry& g, bool backward);
 i64 planar_scratch_bytes(const Geometry& g, bool backward);
 void planar(float* to, const float* from, const float* w, float* scratch, const Geometry& g, bool backward);
 
-// conv_depthwise.cpp: the same for the gradient of the weight.
+// conv_depthwise.cpp: the same; conv_depthwise_weight.cpp: the gradient of the weight for the same sizes.
 bool depthwise_suits(const Geometry& g);
-i64 depthwise_scratch_bytes(const Geometry& g);
+i64 depthwise_scratch_bytes(const Geometry& g, bool backward);
+void depthwise(float* to, const float* from, const float* w, float* scratch, const Geometry& g, bool backward);
+i64 depthwise_weight_scratch_bytes(const Geometry& g);
 void depthwise_grad_weight(float* dw, const float* dout, const float* x, float* scratch, const Geometry& g);
 
 // As `parallel`, on at most `lanes` threads; work(which, lane) has the lane's working memory to itself.

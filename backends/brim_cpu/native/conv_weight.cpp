@@ -132,7 +132,7 @@ using namespace brim;
 
 // Bytes of working memory of the function below.
 BRIM_EXPORT void brim_conv2d_grad_weight_scratch(i64* bytes, const Geometry* g) {
-    *bytes = depthwise_suits(*g) ? depthwise_scratch_bytes(*g) : WeightSums(*g).scratch_bytes();
+    *bytes = depthwise_suits(*g) ? depthwise_weight_scratch_bytes(*g) : WeightSums(*g).scratch_bytes();
 }
 
 // dw = the gradient of conv2d with respect to the weight, from the gradient dout of its result

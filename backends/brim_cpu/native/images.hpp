@@ -89,6 +89,8 @@ inline void cut_out(float* to, i64 step, const float* image, const Images& of, i
         else
             for (i64 i = 0; i < count; i++) std::memset(pixel + i * step, 0, size_t(many) * 4);
     };
+    if (!of.last && x == 0 && w == of.W && y >= 0 && y + h <= of.H)  // its rows follow each other
+        return turn(to, step, image + (c * of.H + y) * of.W, of.H * of.W, many, h * w);
     for (i64 row = 0; row < h; row++, to += w * step) {
         if (y + row < 0 || y + row >= of.H) {
             clear(to, w);
