@@ -10,9 +10,17 @@ namespace brim {
 namespace {
 
 constexpr i64 kChannels = 256;         // of a piece: their filters stay in the first cache
-constexpr i64 kTurnedChannels = 32;    // of a piece that is turned: two cache lines of each pixel
-constexpr i64 kTileFloats = 32 * 1024; // that are turned at once, where that can be
+constexpr i64 kTurnedChannels = 32;    // of a piece that is turned, or as many
+constexpr i64 kTurnedFloats = 16 * 1024;  // as make an image of so many floats
+constexpr i64 kTileFloats = 32 * 1024;    // that are turned at once, where that can be
+constexpr i64 kNearFloats = 256 * 1024;   // of both images: the second cache holds them
 constexpr i64 kResults = 32 * 1024;    // of a piece, where the image has so many
+
+// Asks for floats that are to be read, or written: between the rows of a window, the processor does not look ahead enough.
+template <bool write>
+inline void ask_for(const float* run, i64 floats) {
+    for (i64 at = 0; at < floats; at += 16) __builtin_prefetch(run + at, write);
+}
 
 struct Depthwise {
     Axis down, across;
@@ -20,6 +28,7 @@ struct Depthwise {
     i64 N, C, kw, taps, lanes;
     i64 channels, blocks, rows, row_pieces;
     bool direct, direct_result;  // images lie as the loops want them
+    bool far;                    // and come from beyond the second cache
     i64 tile_floats, result_floats, filter_step;
 
     Depthwise(const Geometry& g, bool backward)
@@ -32,11 +41,15 @@ struct Depthwise {
           kw(g.kw),
           taps(g.kh * g.kw),
           lanes(g.lanes) {
-        blocks = ceil_div(C, source.last && result.last ? kChannels : kTurnedChannels);
+        i64 most = kChannels;
+        if (!(source.last && result.last))
+            most = std::min(most, std::max(kTurnedChannels, kTurnedFloats / (source.H * source.W)));
+        blocks = ceil_div(C, most);
         channels = padded(ceil_div(C, blocks));
         blocks = ceil_div(C, channels);
         const bool whole_vectors = C - (blocks - 1) * channels >= kLanes;
         direct = source.last && whole_vectors, direct_result = result.last && whole_vectors;
+        far = direct && direct_result && N * C * (source.H * source.W + result.H * result.W) > kNearFloats;
         rows = std::max<i64>(1, std::min(down.count, kResults / (down.step * result.W * channels)));
         if (!direct)
             while (rows > 1 && height(rows) * source.W * channels > kTileFloats) rows = ceil_div(rows, 2);
@@ -145,6 +158,12 @@ struct Depthwise {
                 place(first);
                 i64 j = first;
                 const auto inside = [&](auto run, i64 pixels) {
+                    if (far && m == 0) {
+                        const i64 below = ((i * down.move + down.highest + 1) * W + j * move) * from_step;
+                        for (i64 y = 0; y < down.move; y++)
+                            ask_for<false>(image + below + y * W * from_step, pixels * from_move);
+                        ask_for<true>(pixel + j * to_move + down.step * result.W * to_step, pixels * to_move);
+                    }
                     run(pixel + j * to_move);
                     for (i64 t = 0; t < met; t++) at[t] += at[t] ? pixels * from_move : 0;
                     j += pixels;

@@ -7,7 +7,7 @@ namespace brim {
 namespace {
 
 constexpr i64 kChannels = 64;           // of a piece
-constexpr i64 kTileFloats = 16 * 1024;  // of x in a block of rows, where that can be
+constexpr i64 kTileFloats = 64 * 1024;  // of x in a block of rows, where that can be
 constexpr i64 kPieces = 32;             // parts of the images are added until there are so many pieces
 constexpr i64 kTogether = 64;           // pixels that are summed in registers at least, where the image has so many
 
@@ -105,7 +105,7 @@ struct DepthwiseSums {
         if constexpr (V > 1) {
             if (step % (V * kLanes) != 0) return add_rows<A, B, V / 2>(sum, x, dout, dout_step, count, step);
         }
-        const i64 across = g.dw * step, next = g.sw * step;
+        const i64 across = g.dw * step, next = g.sw * step, ahead = count * g.Q * dout_step;
         for (i64 c = 0; c < step; c += V * kLanes) {
             Floats made[A][B][V] = {};
             for (i64 i = 0; i < count; i++) {
@@ -115,7 +115,10 @@ struct DepthwiseSums {
                 for (i64 j = 0; j < g.Q; j++, gradient += dout_step) {
                     Floats right[V];
 #pragma GCC unroll 4
-                    for (int v = 0; v < V; v++) right[v] = load(gradient + v * kLanes);
+                    for (int v = 0; v < V; v++) {
+                        right[v] = load(gradient + v * kLanes);
+                        __builtin_prefetch(gradient + v * kLanes + ahead);
+                    }
 #pragma GCC unroll 3
                     for (int a = 0; a < A; a++) {
 #pragma GCC unroll 5
