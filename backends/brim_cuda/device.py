@@ -106,7 +106,8 @@ class CudaBackend:
     stages_inputs = True
     """The inputs of a step are copied while the step before runs, where there is memory for a second set of them."""
 
-    prefers_channels_last: frozenset[str] = frozenset()
+    prefers_channels_last = frozenset(("conv2d", "conv2d_grad_input", "conv2d_grad_weight"))
+    """Their products are over all images then, and tensor cores read channels side by side."""
 
     joins_side_by_side = 4 << 20
     """Updates of many small parameters are one launch; each launch costs microseconds, more than such an update."""
