@@ -4,7 +4,8 @@
 // barriers and warp primitives that only some threads reach or that they reach at different places, access outside of
 // guarded memory, integer division by zero. Shared memory is dynamic only (DYN_SHARED), filled with NaN before each
 // block and ends at a guard page; the order of threads and blocks can be turned round or shuffled, so that a missing
-// barrier shows. Not covered: tensor cores, asynchronous copies, cooperative groups, the memory model, speed.
+// barrier shows. Tensor cores and asynchronous copies: tensor_cores.h. Not covered: cooperative groups, the memory
+// model, speed.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -179,6 +180,7 @@ static void arrange(unsigned how) {  // 0: forward, 1: reverse, else a seed
 }
 
 static void clear_votes();
+static void forget_copies();
 
 static bool run_block(unsigned how, size_t shared_bytes) {
     for (unsigned i = 0; i < count; ++i) {
@@ -188,6 +190,7 @@ static bool run_block(unsigned how, size_t shared_bytes) {
     shared = shared_end - (shared_bytes + 15) / 16 * 16;
     memset(shared, 0xff, (size_t)(shared_end - shared));
     clear_votes();
+    forget_copies();
     arrange(how);
     for (started = 0; started < count;) start_worker();
     for (;;) {
@@ -212,7 +215,7 @@ static void on_fault(int signal_number, siginfo_t* info, void*) {
     siglongjmp(fault, signal_number);
 }
 
-constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE};
+constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE}, REFUSED = -1;  // REFUSED: no signal, the message is there
 
 // 0: done; 1: see message; 2: see message and fault_address.
 static int launch(void (*kernel)(void*), void* argument, const unsigned* sizes, unsigned how, size_t shared_bytes) {
@@ -241,6 +244,8 @@ static int launch(void (*kernel)(void*), void* argument, const unsigned* sizes, 
             block_index = {(unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y), (unsigned)(at / grid.x / grid.y)};
             if (!run_block(how, shared_bytes)) result = 1;
         }
+    } else if (number == REFUSED) {
+        result = 1;
     } else {
         snprintf(message, sizeof message, "%s by thread (%u, %u, %u) of block (%u, %u, %u)",
                  number == SIGFPE ? "integer division by zero" : "access outside of its memory", current->index.x,
@@ -346,6 +351,8 @@ static void clear_votes() {
 }
 
 }  // namespace emulation
+
+#include "tensor_cores.h"
 
 // ------------------------------------------------------------------------------------------------- CUDA's own names
 

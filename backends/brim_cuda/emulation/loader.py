@@ -26,7 +26,8 @@ from brim_cuda.source import translation_unit
 
 __all__ = ["EmulationError", "EmulationLoader", "Recorded", "find_compiler"]
 
-HEADER = Path(__file__).parent / "cuda_emulation.h"
+FOLDER = Path(__file__).parent
+HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 KERNELS_A_LIBRARY = 48
 """More kernels are compiled in several parts, side by side."""
 
@@ -56,7 +57,8 @@ def _compiled(kernels: Sequence[Kernel]) -> Path:
     """A library with these kernels, compiled unless it was before; two processes that need it do so once."""
     exports = "\n".join(f"EMULATION_EXPORT({name})" for name in dict.fromkeys(k.name for k in kernels))
     text = f'#include "cuda_emulation.h"\n{translation_unit(kernels)}\n{exports}\n'
-    key = hashlib.sha256("\0".join((HEADER.read_text(encoding="utf-8"), text, *FLAGS)).encode()).hexdigest()[:32]
+    headers = (header.read_text(encoding="utf-8") for header in HEADERS)
+    key = hashlib.sha256("\0".join((*headers, text, *FLAGS)).encode()).hexdigest()[:32]
     target = _folder() / f"{key}.so"
     if target.exists():
         return target
@@ -68,7 +70,7 @@ def _compiled(kernels: Sequence[Kernel]) -> Path:
         if not target.exists():
             source, library = Path(work) / "kernels.cpp", Path(work) / "kernels.so"
             source.write_text(text, encoding="utf-8")
-            command = [compiler, *FLAGS, f"-I{HEADER.parent}", str(source), "-o", str(library)]
+            command = [compiler, *FLAGS, f"-I{FOLDER}", str(source), "-o", str(library)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise EmulationError(f"the kernels do not compile:\n{done.stderr[:4000]}")
