@@ -21,7 +21,6 @@ from bench_documents import LIMITS, row
 from brim.cli import main
 from brim_bench import command, limits, results, stats, text_report
 from brim_bench.caches import read_caches
-from brim_bench.child import time_round
 from brim_bench.contest import Options, run_workload
 from brim_bench.digest import difference, digest, disagreements
 from brim_bench.environment import cpu_name
@@ -29,6 +28,7 @@ from brim_bench.load import OtherLoad
 from brim_bench.players import Player, PlayerFailed
 from brim_bench.sides import SIDES, find_side, missing
 from brim_bench.sides.brim_side import Brim
+from brim_bench.timing import time_round
 from brim_bench.workload import Job, Workload, select
 from brim_bench.workloads import WORKLOADS
 from second_device import KIND, add_second_device

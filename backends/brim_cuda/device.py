@@ -20,6 +20,7 @@ from brim_cuda.gemm_epilogue import joins_epilogue
 from brim_cuda.gemm_run import Multiply, Zero
 from brim_cuda.graphs import SHORTEST, Graph, Graphed, wanted
 from brim_cuda.launch import Loader
+from brim_cuda.measuring import Measuring
 
 __all__ = ["CudaBackend", "Fetcher", "Machine"]
 
@@ -83,6 +84,9 @@ class Machine(Protocol):
     def process_bytes(self, index: int) -> int | None:
         """What this process holds on the device by the driver's count; None where nobody tells."""
 
+    def measuring(self, index: int) -> Measuring | None:
+        """Events, facts and state for measurements; None where nothing is to be measured."""
+
     def capture(self, calls: Sequence[Callable[[], None]]) -> Graph:
         """A graph of launches on the current device and stream. Raises CaptureRefused."""
 
@@ -120,6 +124,7 @@ class CudaBackend:
         self.allocate, self.view, self.memory = machine.allocate, machine.view, machine.memory
         self.upload, self.download, self.fetcher = machine.upload, machine.download, machine.fetcher
         self.running, self.synchronize, self.process_bytes = machine.running, machine.synchronize, machine.process_bytes
+        self.measuring = machine.measuring
 
     def bind(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> BoundKernel:
         """The CUDA kernel for an op on these specs; needs no device. Raises KeyError where there is none."""

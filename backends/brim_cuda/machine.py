@@ -29,6 +29,7 @@ from brim_cuda.graph_driver import Driver, DriverGraph, capture, load_driver
 from brim_cuda.graphs import CaptureRefused
 from brim_cuda.launch import Loader
 from brim_cuda.lowlevel import OUT_OF_MEMORY, LowLevelError
+from brim_cuda.measuring import Measuring
 from brim_cuda.nvrtc import nvrtc_version
 from brim_cuda.providers import make_provider
 from brim_cuda.registry import bind
@@ -358,6 +359,13 @@ class GpuMachine:
     def process_bytes(self, index: int) -> int | None:
         """What NVML counts for this process."""
         return self._gpu(index).provider.used_by_me_bytes()
+
+    def measuring(self, index: int) -> Measuring:
+        """Events on the device's stream, and what NVML tells."""
+        gpu = self._gpu(index)
+        system = read_system(gpu.runtime, None)
+        assert system.runtime is not None
+        return Measuring(gpu.cupy, gpu.stream, index, gpu.working, system.runtime.properties(index), system.nvml)
 
 
 def _dotted(version: int) -> str:

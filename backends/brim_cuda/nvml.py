@@ -5,6 +5,7 @@ Source: NVIDIA, NVML API reference (functions and structures by name; error code
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from collections.abc import Callable
@@ -110,6 +111,27 @@ class CtypesNvml:
                 return False
             raise
         return current.value == 1
+
+    def state(self, handle: Any) -> dict[str, float]:
+        """What the device does now; what NVML does not tell of this one is left out.
+
+        Returns:
+            "sm_clock_hz", "memory_clock_hz", "temperature_celsius", "power_watts", "power_limit_watts", and
+            "slowed_by": a sum of nvmlClocksEventReasons, 0 or 1 (idle) where nothing slows the clocks.
+        """
+        number, wide, found = ctypes.c_uint(), ctypes.c_ulonglong(), dict[str, float]()
+        for key, name, arguments, result, unit in (
+            ("sm_clock_hz", "nvmlDeviceGetClockInfo", (1,), number, 1e6),
+            ("memory_clock_hz", "nvmlDeviceGetClockInfo", (2,), number, 1e6),
+            ("temperature_celsius", "nvmlDeviceGetTemperature", (0,), number, 1.0),
+            ("power_watts", "nvmlDeviceGetPowerUsage", (), number, 1e-3),
+            ("power_limit_watts", "nvmlDeviceGetEnforcedPowerLimit", (), number, 1e-3),
+            ("slowed_by", "nvmlDeviceGetCurrentClocksThrottleReasons", (), wide, 1.0),
+        ):
+            with contextlib.suppress(LowLevelError):
+                self._call(name, handle, *arguments, ctypes.byref(result))
+                found[key] = result.value * unit
+        return found
 
 
 def open_nvml(load_library: Callable[[str], Any] = ctypes.CDLL) -> CtypesNvml | None:

@@ -4,6 +4,7 @@
 
 Requests: {"do": "hello"}, "check" and "build" (with "workload"), "round" (with "seconds"), "memory", "drop". Each is
 answered by one line; a failure by {"error": ..., "unsupported": ...}. The process ends with its standard input.
+On a device also "card" and "state". With ``--tiny`` workloads have the sizes of a rehearsal.
 ``--once first_step`` or ``--once rss`` runs one workload, prints the largest resident set in bytes, and ends.
 """
 
@@ -17,47 +18,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import psutil
 
 from brim_bench.digest import digest
 from brim_bench.sides import Side, Unsupported, find_side
+from brim_bench.timing import time_events, time_round
 from brim_bench.workload import Job, Workload
-from brim_bench.workloads import WORKLOADS
+from brim_bench.workloads import EVERY, WORKLOADS
 from brim_bench.workloads.process import FIRST_STEP, RSS
 
-__all__ = ["main", "peak_resident_bytes", "time_round"]
+__all__ = ["main", "peak_resident_bytes"]
 
 _SHORTEST_S = {True: 2e-4, False: 5e-3}  # of what is timed at once: on the CPU, on a device with launches to wait for
-
-
-def time_round(job: Job, synchronize: Callable[[], None], seconds: float, shortest_s: float) -> tuple[list[float], int]:
-    """Times of single runs over about so many seconds, at least one; runs too short for the clock are timed together.
-
-    The first run after a pause is not timed, unless it alone is longer than the round.
-
-    Returns:
-        (seconds a run, one figure for each time the clock was read; number of runs).
-    """
-    run, clock = job.run, time.perf_counter
-    start = clock()
-    run()
-    synchronize()
-    first_s = clock() - start
-    if first_s > seconds:
-        return [first_s], 1
-    together = max(1, int(shortest_s / max(first_s, 1e-9)))
-    found: list[float] = []
-    start = clock()
-    while not found or clock() - start < seconds:
-        before = clock()
-        for _ in range(together):
-            run()
-        synchronize()
-        found.append((clock() - before) / together)
-    return found, together * len(found)
 
 
 def peak_resident_bytes() -> int:
@@ -94,10 +68,11 @@ class _Resident:
 class _Server:
     """Answers requests on a side."""
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: Side, tiny: bool = False) -> None:
         self.side = side
         self.job: Job | None = None
-        self.workloads: dict[str, Workload] = {one.name: one for one in WORKLOADS}
+        self.checked: tuple[str, float] | None = None  # the job that stands was compared already; how long it took
+        self.workloads: dict[str, Workload] = {one.name: (tiny and one.tiny) or one for one in EVERY}
         self.resident: _Resident | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -110,22 +85,44 @@ class _Server:
             "import_code": side.import_code,
         }  # fmt: skip
 
-    def do_check(self, workload: str) -> dict[str, Any]:
-        self.job = None
-        self.side.start_memory()
-        job = self.side.build(self.workloads[workload], True)
-        return {"results": {name: digest(value) for name, value in job.results().items()}}
+    def do_card(self) -> dict[str, Any]:
+        return {"card": self.side.card()}
 
-    def do_build(self, workload: str, warm_seconds: float) -> dict[str, Any]:
-        """Build and warm up: compiled, caches filled, pages touched."""
-        self.job = None
+    def do_state(self) -> dict[str, Any]:
+        return {"state": self.side.state()}
+
+    def _forget(self) -> None:
+        self.job = self.checked = None
         self.side.start_memory()
         self.resident = _Resident()
-        start = time.perf_counter()
-        self.job = job = self.side.build(self.workloads[workload], False)
-        job.run()
+
+    def do_check(self, workload: str) -> dict[str, Any]:
+        """Results to compare. Where nothing is random, what was built for them is what is timed, too."""
+        self._forget()
+        one, start = self.workloads[workload], time.perf_counter()
+        job = self.side.build(one, True)
+        found = {name: digest(value) for name, value in job.results().items()}
+        if not one.random:
+            self.job, self.checked = job, (workload, time.perf_counter() - start)
+        return {"results": found}
+
+    def do_build(self, workload: str, warm_seconds: float) -> dict[str, Any]:
+        """Build and warm up: compiled, captured, caches filled, pages touched."""
+        if self.job is not None and self.checked is not None and self.checked[0] == workload:
+            job, first_s = self.job, self.checked[1]
+            self.checked = None  # a second time it is built anew
+        else:
+            self._forget()
+            start = time.perf_counter()
+            self.job = job = self.side.build(self.workloads[workload], False)
+            job.run()
+            self.side.synchronize()
+            first_s = time.perf_counter() - start
+        runs = 0
+        for _ in range(job.sets):  # each set of arrays has a step of its own, which is captured in its third run
+            for _ in range(3 if job.sets > 1 else 1):
+                job.run()
         self.side.synchronize()
-        first_s, runs = time.perf_counter() - start, 1
         start = time.perf_counter()
         while (took_s := time.perf_counter() - start) < warm_seconds or (runs < 3 and took_s < 2):
             job.run()
@@ -139,6 +136,10 @@ class _Server:
         return self.job
 
     def do_round(self, seconds: float) -> dict[str, Any]:
+        events = self.side.events()
+        if events is not None:
+            times, runs = time_events(self._built(), events, seconds)
+            return {"times": times, "runs": runs}
         shortest_s = _SHORTEST_S[self.side.device.partition(":")[0] == "cpu"]
         times, runs = time_round(self._built(), self.side.synchronize, seconds, shortest_s)
         return {"times": times, "runs": runs}
@@ -149,7 +150,7 @@ class _Server:
         return {"memory": growth | self.side.memory_figures(self._built())}
 
     def do_drop(self) -> dict[str, Any]:
-        self.job = None
+        self.job = self.checked = None
         self.side.start_memory()
         return {}
 
@@ -163,10 +164,11 @@ def _serve(side_name: str, options: Any) -> None:
         try:
             if server is None:
                 side = find_side(side_name)
-                server = _Server(side(options.device, options.threads, options.eager))
+                server = _Server(side(options.device, options.threads, options.eager), options.tiny)
             answer = server.answer(json.loads(line))
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}", "unsupported": isinstance(error, Unsupported)}
+            refused = isinstance(error, Unsupported) if server is None else server.side.refuses(error)
+            answer = {"error": f"{type(error).__name__}: {error}", "unsupported": refused}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -178,6 +180,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--once", choices=("first_step", "rss"))
     options = parser.parse_args()
     if options.once is None:

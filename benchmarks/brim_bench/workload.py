@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["Job", "Workload", "select"]
+__all__ = ["Job", "Workload", "select", "with_tiny"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class Job:
         run: does the work once. What it leaves unfinished on a device, ``Side.synchronize`` waits for.
         results: host arrays by name that every side must agree on; called once, before anything is timed.
         compiled: the compiled steps inside, whose plans tell the exact memory (brim only).
+        sets: of arrays that runs take in turn, so that inputs are not in the device's cache already.
     """
 
     run: Callable[[], Any]
     results: Callable[[], Mapping[str, Any]]
     compiled: tuple[Any, ...] = ()
+    sets: int = 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class Workload:
         process: for workloads that are a process of their own: "import", "first_step" or "rss".
         unit: of the figure that is compared, "s" or "B".
         seconds: of one round, at least, where one call takes long enough to make it otherwise noisy.
+        precision: of products: "fp32", "tf32", or "bf16" (autocast in a step, arrays of it in single operations).
+        needs_bytes: device memory that each side is assumed to need, generously; a card with less leaves it out.
+        random: there is something random in it that ``checking`` takes out, so that what is timed is built anew.
+        fuses: there is more than one operation in it; else a compiler has nothing to do and takes no part.
+        importance: a run of limited time begins with the smallest.
+        tiny: the same with sizes for a rehearsal.
     """
 
     name: str
@@ -58,6 +66,25 @@ class Workload:
     process: str = ""
     unit: str = "s"
     seconds: float = 0.0
+    precision: str = "fp32"
+    needs_bytes: float = 0.0
+    random: bool = True
+    fuses: bool = True
+    importance: int = 5
+    tiny: Workload | None = None
+
+
+def with_tiny(make: Callable[..., Workload], tiny: Mapping[str, Any], /, **full: Any) -> Workload:
+    """``make(**full)``, which has ``make(**full, **tiny)`` under its own name for rehearsals.
+
+    Arguments:
+        make: from sizes to a workload.
+        tiny: sizes of the rehearsal; what is not among them stays as in ``full``.
+        full: the sizes that are measured.
+    """
+    one = make(**full)
+    small = make(**{**full, **tiny})
+    return replace(one, tiny=replace(small, name=one.name, tiny=None))
 
 
 def select(workloads: Iterable[Workload], patterns: Sequence[str]) -> list[Workload]:

@@ -17,6 +17,7 @@ SIDES = {
     "torch": "brim_bench.sides.torch_side:Torch",
     "torch_fused": "brim_bench.sides.torch_side:TorchFused",
     "torch_compile": "brim_bench.sides.torch_side:TorchCompile",
+    "torch_graphs": "brim_bench.sides.torch_side:TorchGraphs",
     "jax": "brim_bench.sides.jax_side:Jax",
     "mlx": "brim_bench.sides.mlx_side:Mlx",
 }
@@ -25,6 +26,7 @@ _PACKAGES = {
     "torch": "torch",
     "torch_fused": "torch",
     "torch_compile": "torch",
+    "torch_graphs": "torch",
     "jax": "jax",
     "mlx": "mlx",
 }

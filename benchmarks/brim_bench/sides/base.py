@@ -6,14 +6,20 @@ workload's parameters, returns the Job.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import numpy as np
 
+from brim_bench.timing import Events
 from brim_bench.workload import Job, Workload
 
 __all__ = ["Side", "Unsupported"]
+
+_BLOCK = 2**22 - 3  # odd: rows of a repeated block differ
 
 
 class Unsupported(Exception):
@@ -33,12 +39,17 @@ class Side:
         import_code: what a user's first line is, for the time to import.
         nn, F: layers and functions by PyTorch's names.
         checking: the workload that is built is compared, not timed: nothing in it may be random.
+        rotation_bytes: inputs that runs take in turn shall be so large together (twice the device's last cache); 0
+            on the CPU, where the same arrays are used again.
     """
 
     name: ClassVar[str] = ""
     import_code: ClassVar[str] = ""
     nn: Any = None
     F: Any = None
+    rotation_bytes: float = 0.0
+    precision: str = "fp32"
+    compiles: ClassVar[bool] = False  # a variant of a side that takes part in everything
 
     def __init__(self, device: str = "cpu", threads: int = 1, eager: bool = False) -> None:
         self.device, self.threads, self.eager = device, threads, eager
@@ -68,6 +79,21 @@ class Side:
         """A host array of a result."""
         return np.asarray(value)
 
+    def noise(self, shape: Sequence[int], seed: int = 0, dtype: str = "float32") -> Any:
+        """Normal numbers, the same on every side; made on the host in a block that is repeated on the device."""
+        count = math.prod(shape)
+        block = np.random.default_rng(seed).standard_normal(min(count, _BLOCK), np.float32)
+        return self.repeated(self.asarray(block), shape, dtype)
+
+    def repeated(self, block: Any, shape: Sequence[int], dtype: str) -> Any:
+        """A row-major array of this shape: the flat block again and again, in another dtype."""
+        raise Unsupported(f"{self.name} cannot repeat arrays")
+
+    def sample(self, value: Any) -> np.ndarray[Any, Any]:
+        """A host array of float32: about a million values, evenly spread, of a result that may be huge."""
+        flat = value.detach().reshape(-1)
+        return self.numpy(flat[:: max(1, flat.shape[0] // 2**20)]).astype(np.float32)
+
     def images(self, host: np.ndarray[Any, Any]) -> Any:
         """The same for images (N, C, H, W), in the layout that the side prefers."""
         return self.asarray(host)
@@ -77,7 +103,7 @@ class Side:
         return model
 
     def parameter(self, host: np.ndarray[Any, Any]) -> Any:
-        """A trainable parameter."""
+        """A trainable parameter, from a host array or one of the library's."""
         raise Unsupported(f"{self.name} has no parameters")
 
     def load(self, model: Any, seed: int) -> Any:
@@ -108,7 +134,28 @@ class Side:
         """Shuffled batches, another order each time."""
         raise Unsupported(f"{self.name} has no data loader")
 
+    def feed(
+        self, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], batch: int, resident: bool
+    ) -> Iterable[tuple[Any, Any]]:
+        """Shuffled batches on the device, by the quickest way that the library has.
+
+        Arguments:
+            x, y: the data set on the host.
+            batch: samples of each batch.
+            resident: the whole set lies on the device from the beginning.
+        """
+        raise Unsupported(f"{self.name} has no data path to a device")
+
     # ---- how things run
+
+    def set_precision(self, name: str) -> None:
+        """How products of float32 arrays are computed from now on: in full ("fp32", "bf16"), or as "tf32"."""
+        if name != "fp32":
+            raise Unsupported(f"{self.name} has no precision {name!r}")
+
+    def casts(self) -> AbstractContextManager[Any]:
+        """Within it a forward pass runs in the workload's precision: autocast for "bf16"."""
+        return contextlib.nullcontext()
 
     def step(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """A training step or an update, as a user of the library would run it."""
@@ -135,6 +182,20 @@ class Side:
     def synchronize(self) -> None:
         """Return when the device has finished."""
 
+    # ---- the device
+
+    def events(self) -> Events | None:
+        """Marks on the device's stream; None where the host's clock is the one to use."""
+        return None
+
+    def card(self) -> dict[str, Any]:
+        """Of a device: "name", "total_bytes", "free_bytes", "l2_bytes", "uuid"; empty for the CPU."""
+        return {}
+
+    def state(self) -> dict[str, float]:
+        """Of a device now: clocks, temperature, power, as far as the driver tells."""
+        return {}
+
     # ---- memory
 
     def compiled(self, fn: Any) -> tuple[Any, ...]:
@@ -148,11 +209,18 @@ class Side:
         """Exact figures, where the library has them."""
         return {}
 
+    def refuses(self, error: Exception) -> bool:
+        """Whether an error says that the library cannot do this workload, which is no failure of the comparison."""
+        return isinstance(error, Unsupported)
+
     # ---- building
 
     def build(self, workload: Workload, checking: bool) -> Job:
         """The workload on this side: by its own method, or by the common builder."""
-        self.checking = checking
+        if not workload.fuses and self.compiles:
+            raise Unsupported("one operation, in which there is nothing to compile")
+        self.checking, self.precision = checking, workload.precision
+        self.set_precision(workload.precision)
         own = getattr(self, workload.kind, None)
         if own is not None:
             return own(**workload.params)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +14,7 @@ import brim
 from brim import data, nn, optim
 from brim.check.environment import facts
 from brim_bench.sides.base import Side, weights
+from brim_bench.timing import Events
 from brim_bench.workload import Job
 
 __all__ = ["Brim"]
@@ -20,6 +23,16 @@ __all__ = ["Brim"]
 class _GlobalAverage(nn.Module):
     def forward(self, x: Any) -> Any:
         return x.mean(axis=(2, 3))
+
+
+class _Feed:
+    """Batches as planned steps take them: the Trainer's way."""
+
+    def __init__(self, loader: data.DataLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return iter(self.loader.for_steps())
 
 
 class Brim(Side):
@@ -36,6 +49,9 @@ class Brim(Side):
         brim.set_default_device(self.place)
         brim.set_threads(threads)
         self._live_bytes = self._allocations = 0
+        measuring = getattr(self.place.backend, "measuring", None)
+        self.measuring = None if measuring is None else measuring(self.place.index)
+        self.rotation_bytes = 2.0 * self.card().get("l2_bytes", 0)
 
     def version(self) -> str:
         return brim.__version__
@@ -54,8 +70,14 @@ class Brim(Side):
     def numpy(self, value: Any) -> np.ndarray[Any, Any]:
         return value.detach().numpy()
 
+    def repeated(self, block: Any, shape: Sequence[int], dtype: str) -> Any:
+        times = -(-math.prod(shape) // block.shape[0])
+        flat = brim.broadcast_to(block.astype(dtype).reshape((1, -1)), (times, block.shape[0])).reshape((-1,))
+        flat = flat if flat.shape[0] == math.prod(shape) else flat[: math.prod(shape)].copy()
+        return flat.reshape(tuple(shape))
+
     def parameter(self, host: np.ndarray[Any, Any]) -> Any:
-        return nn.Parameter(self.asarray(host))
+        return nn.Parameter(host if isinstance(host, brim.Tensor) else self.asarray(host))
 
     def load(self, model: Any, seed: int) -> Any:
         found = weights({name: p.shape for name, p in model.named_parameters()}, seed)
@@ -83,6 +105,18 @@ class Brim(Side):
 
     def loader(self, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], batch: int) -> Iterable[tuple[Any, Any]]:
         return data.DataLoader(data.ArrayDataset(x, y), batch_size=batch, shuffle=True)
+
+    def feed(
+        self, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], batch: int, resident: bool
+    ) -> Iterable[tuple[Any, Any]]:
+        dataset = data.ArrayDataset(x, y)
+        return _Feed(data.DataLoader(dataset, batch_size=batch, shuffle=True, device=self.place, resident=resident))
+
+    def set_precision(self, name: str) -> None:
+        brim.set_float32_precision("tf32" if name == "tf32" else "full")
+
+    def casts(self) -> AbstractContextManager[Any]:
+        return brim.autocast("bfloat16", enabled=self.precision == "bf16")
 
     def step(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn if self.eager else brim.compile(fn)
@@ -114,6 +148,18 @@ class Brim(Side):
     def synchronize(self) -> None:
         self.place.backend.synchronize(self.place.index)
 
+    def events(self) -> Events | None:
+        return self.measuring
+
+    def card(self) -> dict[str, Any]:
+        if self.measuring is None:
+            return {}
+        memory = self.place.memory.sizes()
+        return {**self.measuring.card(), "total_bytes": memory[0]}
+
+    def state(self) -> dict[str, float]:
+        return {} if self.measuring is None else self.measuring.state()
+
     def compiled(self, fn: Any) -> tuple[Any, ...]:
         return (fn,) if hasattr(fn, "current_plan") else ()
 
@@ -132,6 +178,7 @@ class Brim(Side):
         after = brim.memory_stats(self.place)
         found = {
             "held_peak_bytes": after["peak_bytes"] - self._live_bytes,
+            **({} if self.measuring is None else {"reserved_peak_bytes": after["peak_held_bytes"]}),
             "allocations_per_run": after["allocations"] - before["allocations"],
         }
         plans = [step.current_plan().peak_bytes for step in job.compiled]

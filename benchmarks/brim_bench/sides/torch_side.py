@@ -1,17 +1,36 @@
-"""PyTorch: eager as its documentation shows it, eager with its own fast options, and compiled."""
+"""PyTorch: eager as its documentation shows it, eager with its own fast options, and compiled.
+
+On CUDA every variant has fused optimizers and images in channels_last, since nobody who measures leaves them out.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from brim_bench.sides.base import Side, Unsupported, weights
+from brim_bench.timing import Events
 
-__all__ = ["Torch", "TorchCompile", "TorchFused"]
+__all__ = ["Torch", "TorchCompile", "TorchFused", "TorchGraphs"]
+
+
+class _CudaEvents:
+    """``brim_bench.timing.Events`` on the current stream."""
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, before: Any, after: Any) -> float:
+        after.synchronize()
+        return before.elapsed_time(after) * 1e-3
 
 
 class Torch(Side):
@@ -19,8 +38,8 @@ class Torch(Side):
 
     name: ClassVar[str] = "torch"
     import_code: ClassVar[str] = "import torch"
-    fused: ClassVar[bool | None] = None  # None: the optimizer's own choice
-    last: ClassVar[bool] = False  # images as channels_last
+    fused: bool | None = None  # None: the optimizer's own choice
+    last: bool = False  # images as channels_last
     nn, F = torch.nn, torch.nn.functional
 
     def __init__(self, device: str = "cpu", threads: int = 1, eager: bool = False) -> None:
@@ -30,6 +49,12 @@ class Torch(Side):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         self.place = torch.device(device)
+        if self.place.type == "cuda":
+            if not torch.cuda.is_available():
+                raise Unsupported("this PyTorch has no CUDA, or sees no device")
+            torch.cuda.set_device(self.place)
+            self.fused = self.last = True
+            self.rotation_bytes = 2.0 * torch.cuda.get_device_properties(self.place).L2_cache_size
 
     def version(self) -> str:
         return str(torch.__version__)
@@ -39,13 +64,23 @@ class Torch(Side):
 
     def facts(self) -> dict[str, str]:
         options = {"fused optimizers": self.fused, "channels_last": self.last}
-        return {"options": ", ".join(name for name, on in options.items() if on) or "none"}
+        found = {"options": ", ".join(name for name, on in options.items() if on) or "none"}
+        if self.place.type == "cuda":
+            found |= {"device": torch.cuda.get_device_name(self.place), "cuda": str(torch.version.cuda)}
+            found["cudnn"] = str(torch.backends.cudnn.version())
+        return found
 
     def asarray(self, host: np.ndarray[Any, Any]) -> Any:
         return torch.from_numpy(np.ascontiguousarray(host)).to(self.place)
 
     def numpy(self, value: Any) -> np.ndarray[Any, Any]:
-        return value.detach().cpu().numpy()
+        host = value.detach().cpu()
+        return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
+
+    def repeated(self, block: Any, shape: Sequence[int], dtype: str) -> Any:
+        count = math.prod(shape)
+        times = -(-count // block.shape[0])
+        return block.to(getattr(torch, dtype)).repeat(times)[:count].clone().reshape(tuple(shape))
 
     def images(self, host: np.ndarray[Any, Any]) -> Any:
         found = self.asarray(host)
@@ -55,7 +90,7 @@ class Torch(Side):
         return model.to(memory_format=torch.channels_last) if self.last else model
 
     def parameter(self, host: np.ndarray[Any, Any]) -> Any:
-        return torch.nn.Parameter(self.asarray(host))
+        return torch.nn.Parameter(host if isinstance(host, torch.Tensor) else self.asarray(host))
 
     def load(self, model: Any, seed: int) -> Any:
         found = weights({name: p.shape for name, p in model.named_parameters()}, seed)
@@ -76,6 +111,28 @@ class Torch(Side):
     def loader(self, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], batch: int) -> Iterable[tuple[Any, Any]]:
         dataset = torch.utils.data.TensorDataset(self.asarray(x), self.asarray(y))
         return torch.utils.data.DataLoader(dataset, batch_size=batch, shuffle=True)
+
+    def feed(
+        self, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], batch: int, resident: bool
+    ) -> Iterable[tuple[Any, Any]]:
+        if resident:
+            return _Resident(self.asarray(x), self.asarray(y), batch)
+        dataset = torch.utils.data.TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
+        pinned = self.place.type == "cuda"
+        loader = torch.utils.data.DataLoader(dataset, batch_size=batch, shuffle=True, pin_memory=pinned)
+        return _Moved(loader, self.place)
+
+    def set_precision(self, name: str) -> None:
+        kind = "tf32" if name == "tf32" else "ieee"
+        if self.place.type == "cuda":
+            torch.backends.cuda.matmul.fp32_precision = kind
+            torch.backends.cudnn.conv.fp32_precision = kind
+
+    def casts(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.place.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def events(self) -> Events | None:
+        return _CudaEvents() if self.place.type == "cuda" else None
 
     def inference(self, model: Any) -> Callable[..., Any]:
         forward = self.wrapped(model)
@@ -112,24 +169,88 @@ class Torch(Side):
             torch.cuda.reset_peak_memory_stats(self.place)
 
     def memory_figures(self, job: Any) -> dict[str, float]:
-        return {"held_peak_bytes": torch.cuda.max_memory_allocated(self.place)} if self.place.type == "cuda" else {}
+        if self.place.type != "cuda":
+            return {}
+        return {
+            "held_peak_bytes": torch.cuda.max_memory_allocated(self.place),
+            "reserved_peak_bytes": torch.cuda.max_memory_reserved(self.place),
+        }
+
+
+class _Moved:
+    """Batches of a loader, copied to the device without waiting where they are pinned."""
+
+    def __init__(self, loader: Any, place: Any) -> None:
+        self.loader, self.place = loader, place
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for x, y in self.loader:
+            yield x.to(self.place, non_blocking=True), y.to(self.place, non_blocking=True)
+
+
+class _Resident:
+    """Batches of a data set that lies on the device, picked there by the order of the epoch."""
+
+    def __init__(self, x: Any, y: Any, batch: int) -> None:
+        self.x, self.y, self.batch = x, y, batch
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        order = torch.randperm(self.x.shape[0], device=self.x.device)
+        for picked in order.split(self.batch):
+            yield self.x[picked], self.y[picked]
 
 
 class TorchFused(Torch):
     """Eager PyTorch with its own fast options: fused optimizers, images as channels_last."""
 
     name: ClassVar[str] = "torch_fused"
-    fused: ClassVar[bool | None] = True
-    last: ClassVar[bool] = True
+    fused: bool | None = True
+    last: bool = True
 
 
 class TorchCompile(TorchFused):
-    """The same through ``torch.compile``; needs a C++ compiler on the CPU."""
+    """The same through ``torch.compile``; needs a C++ compiler on the CPU, Triton on CUDA."""
 
     name: ClassVar[str] = "torch_compile"
+    compiles: ClassVar[bool] = True
+    mode: ClassVar[str] = "default"
+
+    def facts(self) -> dict[str, str]:
+        return {**super().facts(), "steps": f"torch.compile, mode {self.mode}"}
 
     def wrapped(self, model: Any) -> Callable[..., Any]:
-        return torch.compile(model)
+        return torch.compile(model, mode=self.mode)
 
     def forward(self, fn: Callable[[], Any]) -> Callable[[], Any]:
-        return torch.compile(fn)
+        return torch.compile(fn, mode=self.mode)
+
+    def start_memory(self) -> None:
+        torch.compiler.reset()  # compiled code keeps graphs, and they their memory
+        super().start_memory()
+
+    def refuses(self, error: Exception) -> bool:
+        compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
+        return compiler or super().refuses(error)
+
+
+class TorchGraphs(TorchCompile):
+    """Compiled in the mode that replays CUDA graphs; on the CPU the same as the default mode."""
+
+    name: ClassVar[str] = "torch_graphs"
+    mode: ClassVar[str] = "reduce-overhead"
+
+    def wrapped(self, model: Any) -> Callable[..., Any]:
+        return _marking(super().wrapped(model))
+
+    def forward(self, fn: Callable[[], Any]) -> Callable[[], Any]:
+        return _marking(super().forward(fn))
+
+
+def _marking(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Tells the graphs' memory that a new run begins, and the results of the last one are no longer needed."""
+
+    def run(*args: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*args)
+
+    return run

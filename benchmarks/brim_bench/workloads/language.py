@@ -12,12 +12,15 @@ import numpy as np
 from brim_bench.workload import Job, Workload
 from brim_bench.workloads.training import training_job
 
-__all__ = ["WORKLOADS"]
+__all__ = ["WORKLOADS", "network"]
 
 _BATCH, _TOKENS, _WIDTH, _HEADS, _BLOCKS, _WORDS = 32, 64, 128, 4, 2, 65
 
 
-def _network(side: Any, tokens: int, width: int, heads: int, blocks: int, words: int, p: float) -> Any:
+def network(
+    side: Any, tokens: int, width: int, heads: int, blocks: int, words: int, p: float, shared: bool = False
+) -> Any:
+    """The transformer; ``shared``: the head has the weights of the embedding and no bias."""
     nn, F = side.nn, side.F
 
     class Block(nn.Module):  # type: ignore[name-defined]
@@ -42,12 +45,15 @@ def _network(side: Any, tokens: int, width: int, heads: int, blocks: int, words:
             super().__init__()
             self.words, self.places, self.drop = nn.Embedding(words, width), nn.Embedding(tokens, width), nn.Dropout(p)
             self.blocks = nn.Sequential(*[Block() for _ in range(blocks)])
-            self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words)
+            self.norm = nn.LayerNorm(width)
+            if not shared:
+                self.head = nn.Linear(width, words)
             self.register_buffer("positions", side.asarray(np.arange(tokens)))
 
         def forward(self, x: Any) -> Any:
             x = self.drop(self.words(x) + self.places(self.positions))
-            return self.head(self.norm(self.blocks(x)))
+            x = self.norm(self.blocks(x))
+            return F.linear(x, self.words.weight) if shared else self.head(x)
 
     return Model()
 
@@ -56,7 +62,7 @@ def lm_step(side: Any, checking: bool, batch: int) -> Job:
     """Forward, cross entropy over all tokens, backward, AdamW."""
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, _WORDS, (2, batch, _TOKENS))
-    model = _network(side, _TOKENS, _WIDTH, _HEADS, _BLOCKS, _WORDS, 0.0 if checking else 0.1)
+    model = network(side, _TOKENS, _WIDTH, _HEADS, _BLOCKS, _WORDS, 0.0 if checking else 0.1)
     return training_job(side, model, "adamw", side.asarray(x), side.asarray(y))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from brim_bench.workload import Job, Workload
 from brim_bench.workloads.training import STEP_TOLERANCES, training_job
 
-__all__ = ["EPOCH", "INFERENCE", "STEPS"]
+__all__ = ["EPOCH", "INFERENCE", "STEPS", "network", "step_bytes", "step_flops"]
 
 F4 = 4  # bytes of a float32
 _SIZES = (784, 256, 256, 10)
@@ -20,7 +20,8 @@ _PARAMETERS = _WEIGHTS + sum(_SIZES[1:]) + 2 * sum(_SIZES[1:-1])
 _SAMPLES = 60_000
 
 
-def _network(side: Any, checking: bool) -> Any:
+def network(side: Any, checking: bool) -> Any:
+    """The MLP, without dropout where results are compared."""
     nn, layers = side.nn, []
     for a, b in pairwise(_SIZES[:-1]):
         layers += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(), nn.Dropout(0.0 if checking else 0.2)]
@@ -35,12 +36,12 @@ def _batch(side: Any, batch: int) -> tuple[Any, Any]:
 
 def mlp_step(side: Any, checking: bool, batch: int) -> Job:
     """Forward, cross entropy, backward, SGD with momentum."""
-    return training_job(side, _network(side, checking), "sgd", *_batch(side, batch))
+    return training_job(side, network(side, checking), "sgd", *_batch(side, batch))
 
 
 def mlp_infer(side: Any, checking: bool, batch: int) -> Job:
     """Scores of a batch in evaluation mode."""
-    model = side.load(_network(side, checking), seed=1).eval()
+    model = side.load(network(side, checking), seed=1).eval()
     x, _ = _batch(side, batch)
     infer = side.inference(model)
     return Job(lambda: infer(x), lambda: {"scores": side.numpy(infer(x))}, side.compiled(infer))
@@ -61,24 +62,26 @@ def mlp_epoch(side: Any, checking: bool, batch: int) -> Job:
 
         return run
 
-    return training_job(side, _network(side, checking), "sgd", *_batch(side, batch), run=epoch)
+    return training_job(side, network(side, checking), "sgd", *_batch(side, batch), run=epoch)
 
 
-def _step_flops(batch: int) -> float:
+def step_flops(batch: int) -> float:
+    """Operations of a training step."""
     # Three products a layer, but for the gradient of the input, which nobody needs.
     return 2.0 * batch * (3 * _WEIGHTS - _SIZES[0] * _SIZES[1])
 
 
 # Each parameter is read forward and backward and updated (read, gradient, velocity; written, velocity); the batch is
 # read; each activation of the hidden layers is written and read again.
-def _step_bytes(batch: int) -> float:
+def step_bytes(batch: int) -> float:
+    """Least traffic of a training step."""
     return F4 * (6 * _PARAMETERS + batch * (_SIZES[0] + 4 * sum(_SIZES[1:-1])))
 
 
 STEPS = tuple(
     Workload(
         f"mlp_step_b{batch}", f"training step of an MLP 784-256-256-10 (batch norm, dropout, SGD), batch {batch:,}",
-        "mlp_step", {"batch": batch}, flops=_step_flops(batch), nbytes=_step_bytes(batch),
+        "mlp_step", {"batch": batch}, flops=step_flops(batch), nbytes=step_bytes(batch),
         build=mlp_step, tolerances=STEP_TOLERANCES,
     )
     for batch in (32, 128, 1024)
@@ -97,8 +100,8 @@ EPOCH = (
     Workload(
         "mlp_epoch_b128",
         f"an epoch of the same MLP on {_SAMPLES:,} samples, batch 128, with the library's data loader",
-        "mlp_epoch", {"batch": 128}, flops=_step_flops(_SAMPLES),
-        nbytes=_step_bytes(128) * _SAMPLES / 128 + 2 * F4 * _SAMPLES * _SIZES[0],
+        "mlp_epoch", {"batch": 128}, flops=step_flops(_SAMPLES),
+        nbytes=step_bytes(128) * _SAMPLES / 128 + 2 * F4 * _SAMPLES * _SIZES[0],
         build=mlp_epoch, tolerances=STEP_TOLERANCES,
     ),
 )  # fmt: skip

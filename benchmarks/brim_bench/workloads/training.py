@@ -27,8 +27,9 @@ def classifier_step(side: Any, model: Any, optimizer: Any) -> Callable[[Any, Any
 
     def step(x: Any, y: Any) -> Any:
         optimizer.zero_grad()
-        scores = forward(x)
-        loss = side.F.cross_entropy(scores.reshape(-1, scores.shape[-1]), y.reshape(-1))
+        with side.casts():
+            scores = forward(x)
+            loss = side.F.cross_entropy(scores.reshape(-1, scores.shape[-1]), y.reshape(-1))
         loss.backward()
         optimizer.step()
         return loss
