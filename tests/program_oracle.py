@@ -18,6 +18,7 @@ import brim
 from brim.backend import BoundKernel
 from brim.expr import FusedFormula
 from brim.program.ir import FUSED, FUSED_MANY, STORE, HostScalar, Instruction, Program, Ref, Value, parts_of
+from brim.program.norm_groups import is_fused_norm, norm_group
 from brim.program.place import MemoryMap
 from brim.program.verify import verify
 from brim.random import philox
@@ -194,9 +195,39 @@ def evaluate(instruction: Instruction, ins: list[Any], outs: list[Spec]) -> list
     """The outputs of a fused group, or of a composite by its body."""
     if instruction.op is FUSED:
         return evaluate_fused(instruction.params["formula"], ins, outs)
+    if is_fused_norm(instruction):
+        return evaluate_norm(instruction, ins, outs)
     args = [brim.asarray(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x for x in ins]
     made = instruction.op(*args, **instruction.params)
     return [t.array for t in (made if isinstance(made, tuple) else (made,))]
+
+
+def evaluate_norm(instruction: Instruction, ins: list[Any], outs: list[Spec]) -> list[Array]:
+    """The outputs of a norm with formulas: formula, norm, formula, each by itself."""
+    shape = instruction.params["shape"]
+    group = norm_group(instruction.op.name, ins, outs, instruction.params)
+    wanted = [Spec(shape, group.first_dtype), *group.kept]
+    first, *kept = evaluate_fused(group.before, list(group.others), wanted)
+    norm = Instruction(group.norm, (), (), group.params)
+    specs = group.norm.infer([Spec(shape, group.first_dtype), *map(_operand, group.own)], group.params)
+    made, *rest = _run_alone(norm, [first, *group.own], list(specs))
+    return [*evaluate_fused(group.after, [made, *group.others], list(group.made)), *kept, *rest]
+
+
+def _operand(x: Any) -> Any:
+    return Spec(x.shape, x.dtype) if isinstance(x, np.ndarray) else x
+
+
+def _run_alone(instruction: Instruction, ins: list[Any], outs: list[Spec]) -> list[Array]:
+    """One op by its kernel, or by its body where it has none."""
+    try:
+        kernel = CPU.bind(instruction.op, list(map(_operand, ins)), outs, instruction.params)
+    except KeyError:
+        return evaluate(instruction, ins, outs)
+    made = [np.empty(out.shape, out.dtype) for out in outs]
+    scratch = _poisoned(kernel.scratch_bytes) if kernel.scratch_bytes else None
+    kernel.run(made[0] if len(made) == 1 else tuple(made), *ins, scratch=scratch, **instruction.params)
+    return made
 
 
 def evaluate_fused(formula: FusedFormula, ins: list[Any], outs: list[Spec]) -> list[Array]:

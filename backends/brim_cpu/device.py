@@ -23,6 +23,7 @@ from brim_cpu import kernels, native
 from brim_cpu.elementwise import bind_elementwise
 from brim_cpu.epilogue import EPILOGUES, bind_epilogue
 from brim_cpu.fused import bind_fused, bind_many
+from brim_cpu.fused_norms import FUSED_NORMS, bind_fused_norm
 from brim_cpu.overlay import bind_native
 from brim_cpu.overlay import elementwise as overlay
 from brim_cpu.overlay.index import gather_rows
@@ -98,6 +99,8 @@ class CpuBackend:
             return overlay.bind_many(ins, outs, **params) or bind_many(ins, outs, **params)
         if op.name in EPILOGUES:
             return bind_epilogue(self.bind, op.name, ins, outs, params)
+        if op.name in FUSED_NORMS:
+            return bind_fused_norm(self.bind, op.name, ins, outs, params)
         record = KERNELS[op.name]
         scratch = record.scratch(ins, outs, **params) if record.scratch else 0
         library = record.library(ins, outs, **params) if record.library else 0

@@ -150,6 +150,8 @@ class Backend(Protocol):
     It may also have ``prefers_channels_last``, the names of ops that are faster on images (N, C, H, W) whose channels
     lie side by side, and ``joins_epilogue(op, ins, outs, params)``, which tells whether a ``matmul_epilogue`` or
     ``conv2d_epilogue`` of these specs is wanted instead of the product and the elementwise group after it;
+    ``joins_norms(op, ins, outs, params)``, which tells whether one of the ``FUSED_NORMS`` of these specs
+    (``brim.program.norm_groups``) is wanted instead of a norm and the elementwise groups around it;
     ``keeps_powers(op, ins, outs, params)``, which tells whether it has a kernel for a ``cross_entropy_powers`` or
     ``cross_entropy_powers_grad`` of these specs, which save the gradient of a loss its powers; and
     ``connect(index, services)``, which is called with the ``HostServices`` of a device, once, before anything else is

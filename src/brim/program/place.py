@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from brim.program.ir import FUSED, FUSED_MANY, Instruction, Program, Ref, Value, part_of, parts_of
+from brim.program.norm_groups import is_fused_norm, overwritable_by_norm
 
 __all__ = ["Interval", "MemoryMap", "Placement", "Scratch", "overwritable", "place", "plan_memory"]
 
@@ -367,14 +368,14 @@ def _shares(program: Program, aliasing: Sequence[bool], lifetimes: dict[Value, t
         if not aliasing[at]:
             continue
         for _, outs in parts_of(instruction):
-            dying = _dying(instruction, outs[0], at, lifetimes) if outs else []
+            taken: set[Value] = set()
             for out in outs:
                 if out.home is not None or not out.nbytes:
                     continue
-                for old in dying:
-                    if _same_layout(out, old):
+                for old in _dying(instruction, out, at, lifetimes):
+                    if old not in taken and _same_layout(out, old):
                         shares[out] = old
-                        dying.remove(old)
+                        taken.add(old)
                         break
     return shares
 
@@ -392,6 +393,8 @@ def overwritable(instruction: Instruction, out: Value) -> list[Value]:
     only the part that makes ``out`` does: in which order the parts run is not known.
     """
     ins = instruction.ins
+    if is_fused_norm(instruction):
+        return overwritable_by_norm(instruction, out)
     if instruction.op is FUSED_MANY:
         own = [i for i in part_of(instruction, out) if isinstance(i, Ref)]
         crooked = {i.value for i in own if not i.whole}

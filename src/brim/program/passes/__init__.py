@@ -13,6 +13,7 @@ from brim.program.passes.dead_code import dead_code
 from brim.program.passes.epilogue import epilogue
 from brim.program.passes.fold_norm import fold_norm
 from brim.program.passes.fuse import fuse
+from brim.program.passes.join_norms import join_norms
 from brim.program.passes.join_slices import join_slices
 from brim.program.passes.keep_powers import keep_powers
 from brim.program.passes.layout import layout
@@ -46,6 +47,7 @@ def default_passes(
         fuse,  # elementwise chains become one pass over memory
         *_wanted_by(backend),
         schedule,  # an order that keeps fewer bytes alive
+        *_around_norms(backend, peak),  # what is next to a norm becomes part of it
         *_keeping(backend, peak),  # what is computed twice, where that order has room for it
         *_joining(backend, peak, scratch_bytes),  # last: as far as that order's peak allows
     )
@@ -67,6 +69,14 @@ def _is_accepted(accepts: Callable[..., bool], i: Instruction) -> bool:
     """What a backend's function of op, Specs and numbers, output Specs and params says of an instruction."""
     ins = [x.spec if isinstance(x, Ref) else x.kind(1) if isinstance(x, HostScalar) else x for x in i.ins]
     return bool(accepts(i.op, ins, [out.spec for out in i.outs], i.params))
+
+
+def _around_norms(backend: Any, peak: Callable[[Program], int] | None) -> list[Callable[[Program], Program]]:
+    """The pass that joins norms with the groups around them, if the backend has kernels for it."""
+    joins = getattr(backend, "joins_norms", None)
+    if joins is None:
+        return []
+    return [update_wrapper(partial(join_norms, accepts=partial(_is_accepted, joins), peak=peak), join_norms)]
 
 
 def _keeping(backend: Any, peak: Callable[[Program], int] | None) -> list[Callable[[Program], Program]]:

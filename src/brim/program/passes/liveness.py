@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from brim.program.ir import FUSED, FUSED_MANY, STORE, Instruction, Program, Ref, Value, parts_of
+from brim.program.norm_groups import is_fused_norm, overwritable_by_norm
 
 __all__ = ["live_bytes", "stored_values", "works_in_place"]
 
@@ -54,6 +55,9 @@ def live_bytes(program: Program, alignment_bytes: int = 1) -> list[int]:
                 if out.home is not None or out in at_home:
                     continue
                 end[out] = last.get(out, n)
+                if is_fused_norm(instruction):
+                    over = overwritable_by_norm(instruction, out)
+                    dying = [value for value in over if end.get(value) == n and value not in taken]
                 old = next((v for v in dying if v.nbytes == out.nbytes and v not in taken), None)
                 start = n
                 if old is not None:
