@@ -21,6 +21,7 @@ __all__ = [
 
 _NAMES = ("full", "tf32")
 _CONV_NAMES = ("exact", "fast")
+_CONV_DTYPES = ("float32", "float16", "bfloat16")  # half width is computed in float32
 _tf32 = False
 _fast = True
 
@@ -73,13 +74,14 @@ def product_params(dtype: Any) -> dict[str, Any]:
 
 
 def set_conv_precision(name: str) -> None:
-    """Choose how float32 convolutions of 3x3 windows are computed on the CPU from now on, in this process.
+    """Choose how convolutions of 3x3 windows are computed on the CPU from now on, in this process.
 
     Arguments:
         name: "fast" (the default): convolutions of stride 1 without dilation or groups, and their gradients, may be
             computed by Winograd's minimal filtering over tiles of 4x4 or 2x2 results, with 4 or 2.25 times fewer
-            multiplications: where sizes say that it takes less time, with 16 channels or more on both sides. "exact":
-            every term is multiplied and added up. Other sizes, dtypes and devices, and the CPU without compiled
+            multiplications: where sizes say that it takes less time, with 16 channels or more on both sides, in
+            float32 (half width is converted, and results are rounded once). "exact": every term is multiplied and
+            added up. Other sizes, dtypes and devices, and the CPU without compiled
             kernels, compute exactly either way. Results of either do not depend on the number of threads. Compiled
             steps are traced anew at their next call.
 
@@ -115,6 +117,6 @@ def conv_precision() -> str:
 def conv_params(dtype: Any, backend: Any) -> dict[str, Any]:
     """Params of a convolution: those of a product, and ``{"fast": True}`` where that is chosen and the backend
     knows it. Tensors without memory (backend: None) are for any device: plans for one that does not know it drop it."""
-    heeded = (backend is None or getattr(backend, "knows_fast_convolutions", False)) and dtype.name == "float32"
+    heeded = (backend is None or getattr(backend, "knows_fast_convolutions", False)) and dtype.name in _CONV_DTYPES
     fast = baked(conv_precision) == "fast" and heeded
     return {**product_params(dtype), **({"fast": True} if fast else {})}

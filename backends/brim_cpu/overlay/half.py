@@ -20,7 +20,7 @@ from brim_cpu.overlay import NativeKernel, overlay_half
 from brim_cpu.overlay.elementwise import Interpreter
 from brim_cpu.overlay.matmul import matmul as wide_matmul
 
-__all__ = ["matmul"]
+__all__ = ["converted", "matmul"]
 
 Array = np.ndarray[Any, Any]
 Call = Callable[[], None]
@@ -39,7 +39,7 @@ def _cast(source: np.dtype[Any], target: np.dtype[Any]) -> Interpreter:
     return Interpreter(FusedFormula((step,), (0,)), [False], [target])
 
 
-def _converted(target: Array, source: Array) -> Call:
+def converted(target: Array, source: Array) -> Call:
     """A call that copies elements and converts them."""
     call = _cast(source.dtype, target.dtype).call([target], [source])
     assert call is not None
@@ -98,15 +98,15 @@ def matmul(ins: Any, outs: Any, **params: Any) -> NativeKernel | None:
 
         def product(out: Array, a: Array, y: Array) -> None:
             x, z = _block(left, a), _block(result, out)
-            made.append(_converted(x, a))
+            made.append(converted(x, a))
             made.extend(_product(z, x, y))
-            made.append(_converted(out, z))
+            made.append(converted(out, z))
 
         if small:
             for first in range(0, lead[0], step):
                 some = slice(first, first + step)
                 y = _block(right, b[some])
-                made.append(_converted(y, b[some]))
+                made.append(converted(y, b[some]))
                 product(out[some], a[some], y)
             return made
         a, b = np.broadcast_to(a, (*lead, m, k)), np.broadcast_to(b, (*lead, k, n))
@@ -114,7 +114,7 @@ def matmul(ins: Any, outs: Any, **params: Any) -> NativeKernel | None:
             for column in range(0, n, TILE):
                 across = slice(column, column + TILE)
                 y = _block(right, b[at][:, across])
-                made.append(_converted(y, b[at][:, across]))
+                made.append(converted(y, b[at][:, across]))
                 for row in range(0, m, tile):
                     down = slice(row, row + tile)
                     product(out[at][down, across], a[at][down], y)
