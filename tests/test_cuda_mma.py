@@ -1,7 +1,7 @@
 """Products on a warp's tensor cores, emulated: which lane holds what, against the layouts that NVIDIA documents.
 
-The emulation and the wrappers in ``mma.cuh`` were written from the same reading of the PTX ISA, so a mistake in it could
-cancel out: the emulated loads and the emulated product could agree with each other and not with a GPU. Therefore each
+The emulation and the wrappers in ``mma.cuh`` were written from the same reading of the PTX ISA, so a mistake
+in it could cancel out: the emulated loads and the emulated product could agree with each other and not with a GPU. Therefore each
 instruction is tested by itself: single lanes' registers are given and read here, and where they belong is taken from
 CuTe's layouts of the same instructions (CUTLASS, include/cute/atom/mma_traits_sm80.hpp), which state them in another
 form: strides over lane and value. Matrices are asymmetric and no two elements of one are alike.
@@ -48,7 +48,7 @@ CUTE: dict[str, dict[int, tuple[Axes, Axes]]] = {
         2: (((4, 16), (8, 1)), ((2, 8), (2, 64))),
         4: (((4, 8), (8, 1)), ((2, 32),)),
     },
-    "sums": {size: (((4, 32), (8, 1)), ((2, 16), (2, 8))) for size in (2, 4)},
+    "sums": dict.fromkeys((2, 4), (((4, 32), (8, 1)), ((2, 16), (2, 8)))),
 }
 
 
