@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 BACKEND_API = ("errors", "units", "spec", "op", "backend", "expr", "random")
 
 # The framework never names these; backends are found by their entry points.
-NEVER_IN_SRC = ("cupy", "cupyx", "brim_cpu", "brim_cuda")
+NEVER_IN_SRC = ("cudnn", "cupy", "cupyx", "brim_cpu", "brim_cuda")
 
 # Named only by commands, when they run. A benchmark is a user of the framework: it may import all of brim that a user
 # may, and no backend.
@@ -70,6 +70,7 @@ BENCHMARKS_OF_ALL_SIDES = (
 # May be imported inside a function: optional, or too slow for `import brim`.
 LAZY_LIBRARIES = (
     "cuda",
+    "cudnn",
     "cupy",
     "cupyx",
     "cyclopts",

@@ -16,6 +16,8 @@ from brim.backend import BoundKernel, HostServices, MemoryInfo, join_neighbours
 from brim.op import Op
 from brim.spec import Scalar, Spec
 from brim_cuda import registry, steps
+from brim_cuda.dnn import Dnn, Execute
+from brim_cuda.dnn_conv import CONVOLUTIONS
 from brim_cuda.gemm_epilogue import joins_epilogue
 from brim_cuda.gemm_run import Multiply, Zero
 from brim_cuda.graphs import SHORTEST, Graph, Graphed, wanted
@@ -128,7 +130,22 @@ class CudaBackend:
 
     def bind(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> BoundKernel:
         """The CUDA kernel for an op on these specs; needs no device. Raises KeyError where there is none."""
-        return registry.bind(self.machine.loader, op, ins, outs, params)
+        return registry.bind(self.machine.loader, op, ins, outs, params, self.dnn())
+
+    def dnn(self) -> Dnn | None:
+        """cuDNN, where it is used."""
+        return self.machine.loader.dnn()
+
+    @property
+    def prefers_channels_last(self) -> frozenset[str]:
+        """Convolutions by cuDNN, whose tensor cores read images in this order; it would turn others in its scratch."""
+        return CONVOLUTIONS if self.dnn() is not None else frozenset()
+
+    def gains_channels_last(
+        self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
+    ) -> bool:
+        """Those that run on tensor cores: of half-width floats, and of float32 in TF32."""
+        return outs[0].dtype.itemsize == 2 or bool(params.get("tf32", False))
 
     def feed(self, pairs: Sequence[tuple[Any, Any]], stage: Any = None, generation: int = 0) -> None:
         """Copy the inputs of a step in; nothing is waited for that was launched before.
@@ -153,7 +170,10 @@ class CudaBackend:
     def joins_epilogue(
         self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
     ) -> bool:
-        """Whether a product and the elementwise group after it are one call of cuBLASLt."""
+        """Whether a product and the elementwise group after it are one call of cuBLASLt, or of cuDNN."""
+        dnn = self.dnn()
+        if dnn is not None and op.name in CONVOLUTIONS and registry.dnn_work(dnn, op, ins, outs, params) is not None:
+            return True
         return joins_epilogue(op.name, ins, outs, params)
 
     def adopt(self, host: np.ndarray[Any, Any]) -> Any:
@@ -162,4 +182,4 @@ class CudaBackend:
 
 
 def _is_launch(call: Any) -> bool:
-    return isinstance(call, steps.Launch | Multiply | Zero)
+    return isinstance(call, steps.Launch | Multiply | Zero | Execute)

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
-from brim_cuda import cublaslt
+from brim_cuda import cublaslt, dnn_open
 from brim_cuda.cubins import compile_many, units
+from brim_cuda.dnn import Cudnn
 from brim_cuda.gemm_run import GemmRunner
 from brim_cuda.launch import Kernel
 from brim_cuda.lowlevel import OUT_OF_MEMORY, LowLevelError
@@ -40,6 +41,7 @@ class CupyLoader:
         self._functions: dict[tuple[int, Kernel], Any] = {}
         self._lock = threading.Lock()
         self._gemms: dict[int, GemmRunner] = {}
+        self._dnns: dict[int, Cudnn] = {}
 
     @cached_property
     def _cupy(self) -> Any:
@@ -123,6 +125,24 @@ class CupyLoader:
         if index not in self._gemms:
             self._gemms[index] = GemmRunner(cublaslt.load(), self._zero)
         return self._gemms[index]
+
+    def open_dnn(self) -> str:
+        """cuDNN with a handle for the current device, if it is wanted and there."""
+        build = int(self._cupy.cuda.driver.get_build_version())
+        library, status = dnn_open.open_for_device(build // 1000 or None)
+        if library is not None:
+            self._dnns[self.device()] = library
+        return status
+
+    def close_dnn(self) -> None:
+        """Plans are made without it."""
+        self._dnns.pop(self.device(), None)
+
+    def dnn(self) -> Cudnn | None:
+        """Of the current device if that was started, else of another: plans are made before a device is chosen."""
+        if len(self._dnns) < 2:
+            return next(iter(self._dnns.values()), None)
+        return self._dnns.get(self.device()) or next(iter(self._dnns.values()))
 
     def stream(self) -> int:
         """CuPy's current stream."""

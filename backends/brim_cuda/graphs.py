@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from brim_cuda.dnn import Execute
 from brim_cuda.lowlevel import LowLevelError
 from brim_cuda.steps import Launch, failure
 
@@ -88,7 +89,8 @@ class Graphed:
 
     def describe(self) -> str:
         """One line for ``step.explain()``."""
-        launches = f"{len(self.calls)} launches"
+        by_dnn = sum(isinstance(call, Execute) for call in self.calls)
+        launches = f"{len(self.calls)} launches" + (f" ({by_dnn} by cuDNN)" if by_dnn else "")
         if self.reason:
             return f"{launches}, one by one: {self.reason}"
         how = "replayed as one graph" if self._graph is not None else f"to be captured after {WARM_RUNS} runs"

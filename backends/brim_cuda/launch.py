@@ -17,6 +17,7 @@ import numpy as np
 
 from brim.backend import ScalarCell
 from brim.spec import DTYPES, Spec
+from brim_cuda.dnn import Dnn, DnnPlan
 from brim_cuda.gemm import GemmPlan
 from brim_cuda.gemm_run import GemmRunner
 
@@ -24,6 +25,7 @@ __all__ = [
     "BLOCK",
     "C_TYPES",
     "Call",
+    "DnnCall",
     "Entry",
     "In",
     "Kernel",
@@ -214,6 +216,21 @@ class Product:
     workspace: Place | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class DnnCall:
+    """One planned request, computed by cuDNN.
+
+    Attributes:
+        plan: from ``dnn.Dnn.plan``.
+        places: where the request's tensors start, in their order.
+        workspace: where ``plan.workspace_bytes`` of scratch start, None where it has none.
+    """
+
+    plan: DnnPlan
+    places: tuple[Place, ...]
+    workspace: Place | None = None
+
+
 class Loader(Protocol):
     """Turns kernels into functions that run on a device."""
 
@@ -228,6 +245,15 @@ class Loader(Protocol):
 
     def gemm(self) -> GemmRunner:
         """What computes matrix products on the current device."""
+
+    def open_dnn(self) -> str:
+        """Make cuDNN ready on the current device, if it is wanted and there; one line about it. Raises DeviceError."""
+
+    def close_dnn(self) -> None:
+        """Do not use cuDNN on the current device."""
+
+    def dnn(self) -> Dnn | None:
+        """cuDNN on the current device; None where it is not used."""
 
     def stream(self) -> int:
         """The stream that launches go to."""

@@ -23,6 +23,7 @@ from brim.op import REGISTRY
 from brim.spec import Spec
 from brim.units import format_bytes
 from brim_cuda.cupy_runtime import read_system
+from brim_cuda.dnn_open import wanted as dnn_wanted
 from brim_cuda.feed import Feed, Fetch, PinnedRing
 from brim_cuda.gpu import CupyLoader
 from brim_cuda.graph_driver import Driver, DriverGraph, capture, load_driver
@@ -102,6 +103,7 @@ class _Gpu:
             address_space_limit_bytes=_address_space_limit_bytes(),
         )
         self.staging = PinnedStaging(self._pin, self._charge)
+        self.dnn_status = ""
         self.vram.start(self._open_context, self._load_libraries)
 
     def _pin(self, nbytes: int) -> Any:
@@ -135,23 +137,38 @@ class _Gpu:
             raise LowLevelError(str(error), int(error.status)) from error
 
     def _load_libraries(self) -> None:
-        """A product and a kernel, run once: their libraries and first kernels are loaded by that."""
-        square = Spec((64, 64))
+        """A kernel, a product and a convolution, run once: libraries and their first kernels are loaded by that."""
+        square, image, filters = Spec((64, 64)), Spec((1, 8, 8, 8)), Spec((8, 8, 3, 3))
+        how = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
         with _Running(self.runtime, self.stream, self.index):
             try:
                 address = self.runtime.malloc(_MIB)
                 try:
                     memory = self.cupy.cuda.UnownedMemory(address, _MIB, None, device_id=self.index)
-                    a, b, out = (self.view(memory, n * square.nbytes, square) for n in range(3))
-                    for name in ("add", "matmul"):
-                        kernel = bind(self.loader, REGISTRY[name], [square, square], [square], {})
-                        scratch = self.view(memory, 3 * square.nbytes, Spec((kernel.scratch_bytes,), np.dtype("u1")))
-                        kernel.run(out, a, b, scratch=scratch)
+                    self._try(memory, "add", (square, square, square), {})
+                    self._try(memory, "matmul", (square, square, square), {})
+                    self.dnn_status = self.loader.open_dnn()
+                    if self.loader.dnn() is not None:
+                        try:
+                            self._try(memory, "conv2d", (image, filters, image), how)
+                        except DeviceError as error:
+                            if dnn_wanted() == "1":
+                                raise
+                            self.loader.close_dnn()
+                            self.dnn_status = f"not used: {error}"
                     self.stream.synchronize()
                 finally:
                     self.runtime.free(address)
             except self.runtime.CUDARuntimeError as error:
                 raise LowLevelError(str(error), int(error.status)) from error
+
+    def _try(self, memory: Any, name: str, specs: tuple[Spec, Spec, Spec], params: dict[str, Any]) -> None:
+        """Run an op of two inputs, whatever is in the memory."""
+        nbytes = 1 << 14
+        a, b, out = (self.view(memory, n * nbytes, spec) for n, spec in enumerate(specs))
+        kernel = bind(self.loader, REGISTRY[name], specs[:2], specs[2:], params, self.loader.dnn())
+        scratch = self.view(memory, 3 * nbytes, Spec((kernel.scratch_bytes,), np.dtype("u1")))
+        kernel.run(out, a, b, scratch=scratch)
 
     def view(self, memory: Any, offset_bytes: int, spec: Spec) -> Any:
         item = spec.dtype.itemsize
@@ -271,6 +288,7 @@ class GpuMachine:
             "cupy": str(cupy.__version__),
             "nvrtc": ".".join(map(str, nvrtc_version())),
             "cublasLt": _dotted(library.version()) if hasattr(library, "version") else "unknown",
+            "cudnn": gpu.dnn_status,
             "memory": f"{gpu.provider.kind}; overhead {format_bytes(overhead.nbytes)} {overhead.exactness} "
             f"({overhead.source})",
         }

@@ -13,11 +13,14 @@ from brim.backend import BoundKernel
 from brim.op import Op
 from brim.spec import Scalar, Spec
 from brim_cuda import kernels
+from brim_cuda.dnn import ALIGNMENT_BYTES, Dnn, DnnUnsupported
+from brim_cuda.dnn_attention import ATTENTIONS, attention_request
+from brim_cuda.dnn_conv import CONVOLUTIONS, conv_request
 from brim_cuda.elementwise import elementwise_calls, fused_calls
-from brim_cuda.launch import Call, Loader, Product
-from brim_cuda.steps import bound
+from brim_cuda.launch import DnnCall, Loader, Scratch
+from brim_cuda.steps import Step, bound
 
-__all__ = ["KERNELS", "Work", "bind", "kernel", "work_of"]
+__all__ = ["KERNELS", "Work", "bind", "dnn_work", "kernel", "work_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +28,13 @@ class Work:
     """What an op does on operands of certain specs, decided without a device.
 
     Attributes:
-        calls: launches and products, in order.
+        calls: launches, products and calls of cuDNN, in order.
         scratch_bytes: working memory that they use.
         contiguous: which inputs must be row-major.
         aliasing: whether an output may be one of the inputs, element for element.
     """
 
-    calls: Sequence[Call | Product]
+    calls: Sequence[Step]
     scratch_bytes: int = 0
     contiguous: tuple[bool, ...] = ()
     aliasing: bool = False
@@ -75,11 +78,42 @@ def work_of(op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: 
     return KERNELS[op.name](ins, outs, **params)
 
 
+def dnn_work(
+    dnn: Dnn, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
+) -> Work | None:  # fmt: skip
+    """What cuDNN does for an op on these specs, None where it is not asked or has no plan."""
+    asked: Any = None
+    if op.name in CONVOLUTIONS:
+        asked = conv_request(op.name, ins, outs, params)
+    elif op.name in ATTENTIONS:
+        asked = attention_request(op.name, ins, outs, **params)
+    if asked is None:
+        return None
+    request, places, contiguous = asked
+    try:
+        plan = dnn.plan(request)
+    except DnnUnsupported:
+        return None
+    workspace = Scratch(0) if plan.workspace_bytes else None
+    return Work((DnnCall(plan, places, workspace),), plan.workspace_bytes, contiguous)
+
+
 def bind(
-    loader: Loader, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
+    loader: Loader,
+    op: Op,
+    ins: Sequence[Spec | Scalar],
+    outs: Sequence[Spec],
+    params: dict[str, Any],
+    dnn: Dnn | None = None,
 ) -> BoundKernel:
-    """The kernel for an op on these specs, run by a loader. Raises KeyError where there is none."""
-    work = work_of(op, ins, outs, params)
+    """The kernel for an op on these specs, run by a loader. Raises KeyError where there is none.
+
+    Arguments:
+        dnn: what is preferred where it has a plan.
+    """
+    work = None if dnn is None else dnn_work(dnn, op, ins, outs, params)
+    if work is None:
+        work = work_of(op, ins, outs, params)
     return bound(
         loader,
         work.calls,
@@ -87,6 +121,7 @@ def bind(
         scratch_bytes=work.scratch_bytes,
         contiguous=work.contiguous or (False,) * len(ins),
         aliasing=work.aliasing,
+        aligned_bytes=ALIGNMENT_BYTES if any(isinstance(step, DnnCall) for step in work.calls) else 1,
     )
 
 

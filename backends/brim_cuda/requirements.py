@@ -22,9 +22,10 @@ from typing import Any
 
 from brim.errors import DeviceError
 
-__all__ = ["Facts", "missing", "probe", "require"]
+__all__ = ["Facts", "about_cudnn", "installed_packages", "missing", "probe", "require"]
 
 _OLDEST_CUPY = (14, 1)
+_FRONTENDS = ((1, 23), (1, 29))  # the oldest that was tried, and the first that needs packages of its own
 _OLDEST_DRIVER = {12: "525", 13: "580"}  # CUDA major version -> branch of the driver that first ran it
 _STUB_LIBRARY = 34  # CUDA_ERROR_STUB_LIBRARY: what the toolkit's libcuda for linking answers
 
@@ -196,6 +197,43 @@ def _why_extra(facts: Facts) -> str:
     return f" (the driver runs CUDA up to {_version(facts.driver_version)})"
 
 
+def about_cudnn(names: Iterable[str], cuda_major: int | None, frontend_version: str = "") -> str | None:
+    """What keeps brim from using cuDNN and what to do about it; None where nothing does, as far as packages tell.
+
+    Arguments:
+        names: of the installed packages.
+        cuda_major: of the CUDA that CuPy is built for, None if unknown.
+        frontend_version: of the imported frontend, "" where it was not.
+    """
+    found = {_normalised(name) for name in names}
+    libraries = sorted(found & {f"nvidia-cudnn-cu{major}" for major in _OLDEST_DRIVER})
+    extra = f"cudnn{cuda_major if cuda_major in _OLDEST_DRIVER else 12}"
+    if len(libraries) > 1:
+        return (
+            f"{' and '.join(libraries)} are both installed, and overwrite each other's files: remove both with "
+            f"`pip uninstall {' '.join(libraries)}`, then `pip install 'brim[{extra}]'`"
+        )
+    if "nvidia-cudnn-frontend" not in found:
+        return f"nvidia-cudnn-frontend is not installed: `pip install 'brim[{extra}]'`"
+    if libraries and cuda_major in _OLDEST_DRIVER and libraries[0] != f"nvidia-cudnn-cu{cuda_major}":
+        return (
+            f"{libraries[0]} is installed beside a CuPy for CUDA {cuda_major}: `pip uninstall {libraries[0]}`, then "
+            f"`pip install 'brim[{extra}]'`"
+        )
+    numbers = tuple(int(part) for part in re.findall(r"\d+", frontend_version)[:2])
+    oldest, too_new = _FRONTENDS
+    if numbers and not oldest <= numbers < too_new:
+        return (
+            f"nvidia-cudnn-frontend {frontend_version} is installed, brim works with {_version_of(oldest)} up to, not "
+            f"including, {_version_of(too_new)}: `pip install 'brim[{extra}]'`"
+        )
+    return None
+
+
+def _version_of(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
 # ---- the facts -------------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +252,7 @@ def probe(
         import_module: imports a module by name or raises ImportError.
         environ: the environment variables.
     """
-    names = _installed_packages() if packages is None else packages()
+    names = installed_packages() if packages is None else packages()
     cupy_packages = tuple(sorted({name for name in map(_normalised, names) if _brings_cupy(name)}))
     driver_found, driver_version = _probe_driver(load_library)
     version = error = device_error = ""
@@ -250,7 +288,8 @@ def probe(
     )
 
 
-def _installed_packages() -> list[str]:
+def installed_packages() -> list[str]:
+    """Names of all installed packages."""
     return [str(found.metadata["Name"] or "") for found in distributions()]
 
 

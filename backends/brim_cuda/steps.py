@@ -1,20 +1,38 @@
-"""Running what an op consists of: launches and products, once (``run``) or as calls that are repeated (``prepare``)."""
+"""Running what an op consists of, launches, products, calls of cuDNN: once (``run``) or repeatedly (``prepare``)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from brim.backend import BoundKernel, ScalarCell
 from brim.errors import DeviceError
+from brim_cuda.dnn import Execute
 from brim_cuda.gemm_run import Addresses
-from brim_cuda.launch import Call, In, Kernel, Loader, Out, Param, Place, Product, Scratch, Table, pack, scalar_of
+from brim_cuda.launch import (
+    Call,
+    DnnCall,
+    In,
+    Kernel,
+    Loader,
+    Out,
+    Param,
+    Place,
+    Product,
+    Scratch,
+    Table,
+    pack,
+    scalar_of,
+)
 from brim_cuda.lowlevel import OUT_OF_MEMORY, LowLevelError
 from brim_cuda.nvrtc import NvrtcError
 
-__all__ = ["Launch", "Steps", "bound", "load"]
+__all__ = ["Launch", "Step", "Steps", "bound", "load"]
+
+Step = Call | Product | DnnCall
 
 
 _Renewed = tuple[Any, Any, Param, ScalarCell]
@@ -88,12 +106,13 @@ class _Operands:
         source, target = call.only_if_apart
         return self.loader.address(self.ins[source]) != self.loader.address(self.outs[target])
 
+    def at(self, place: Place | None) -> int:
+        """Where an operand starts; 0 for none."""
+        return 0 if place is None else self.address(place)
+
     def addresses(self, product: Product) -> Addresses:
         """Where the operands of a product start."""
-
-        def at(place: Place | None) -> int:
-            return 0 if place is None else self.address(place)
-
+        at = self.at
         return Addresses(
             at(product.a), at(product.b), at(product.out),
             at(product.added), at(product.bias), at(product.aux), at(product.workspace),
@@ -105,11 +124,11 @@ class Steps:
 
     Arguments:
         loader: runs it.
-        steps: launches and products, in order.
+        steps: launches, products and calls of cuDNN, in order.
         title: the op and its operands, for messages.
     """
 
-    def __init__(self, loader: Loader, steps: Sequence[Call | Product], title: str) -> None:
+    def __init__(self, loader: Loader, steps: Sequence[Step], title: str) -> None:
         for step in steps:
             if isinstance(step, Call) and len(step.args) != len(step.kernel.params):
                 raise TypeError(f"{step.kernel.name} takes {len(step.kernel.params)} arguments, got {len(step.args)}")
@@ -144,8 +163,10 @@ class Steps:
         try:
             device = self.loader.device()
             for step, function in self._each(device):
-                if function is None:
+                if isinstance(step, Product):
                     self.loader.gemm().run(step.plan, operands.addresses(step), self.loader.stream())
+                elif isinstance(step, DnnCall):
+                    self._execute(step, operands, device)()
                 elif operands.wanted(step):
                     function(step.blocks, step.threads, step.shared_bytes, operands.packed(step)[0])
         except (LowLevelError, NvrtcError) as error:
@@ -159,13 +180,25 @@ class Steps:
         try:
             device = self.loader.device()
             for step, function in self._each(device):
-                if function is None:
+                if isinstance(step, DnnCall):
+                    calls.append(self._execute(step, operands, device))
+                elif isinstance(step, Product):
                     calls += self.loader.gemm().prepare(step.plan, operands.addresses(step), self.loader.stream())
                 elif operands.wanted(step):
                     calls.append(Launch(self.title, device, step, function, *operands.packed(step)))
         except (LowLevelError, NvrtcError) as error:
             raise failure(self.title, error, device) from error
         return calls
+
+    def _execute(self, step: DnnCall, operands: _Operands, device: int) -> Execute:
+        library = self.loader.dnn()
+        if library is None:
+            raise DeviceError(
+                f"{self.title} was planned with cuDNN, which is not used on device {device}: plan it anew"
+            )
+        addresses = [operands.address(place) for place in step.places]
+        translate = partial(failure, self.title, device=device)
+        return Execute(library, step.plan, addresses, operands.at(step.workspace), self.loader.stream(), translate)
 
 
 class Launch:
@@ -226,19 +259,21 @@ def failure(title: str, error: Exception, device: int | None = None) -> DeviceEr
 
 def bound(
     loader: Loader,
-    steps: Sequence[Call | Product],
+    steps: Sequence[Step],
     *,
     title: str = "a kernel",
     scratch_bytes: int = 0,
     contiguous: tuple[bool, ...] = (),
     aliasing: bool = False,
+    aligned_bytes: int = 1,
 ) -> BoundKernel:
-    """The kernel of an op that consists of these launches and products, in order."""
+    """The kernel of an op that consists of these launches, products and calls of cuDNN, in order."""
     made = Steps(loader, steps, title)
     in_place = sum(isinstance(step, Call) and step.only_if_apart is not None for step in steps)
     return BoundKernel(
-        made.run, scratch_bytes, 0, contiguous, aliasing, made.prepare, launches=len(steps), skipped_in_place=in_place
-    )
+        made.run, scratch_bytes, 0, contiguous, aliasing, made.prepare,
+        aligned_bytes=aligned_bytes, launches=len(steps), skipped_in_place=in_place,
+    )  # fmt: skip
 
 
 def load(kernels: Sequence[BoundKernel]) -> None:

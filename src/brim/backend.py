@@ -71,6 +71,7 @@ class BoundKernel:
         prepare: ``prepare(out, *ins, scratch=None, **params)`` gives calls without arguments that together do what
             ``run`` does on exactly these arrays; None where there are none. Scalars among the inputs are constants,
             but for a ``ScalarCell``.
+        aligned_bytes: what the address of each array must be a multiple of (the caller copies views that are off).
         exact_outputs: outputs must have the layouts of their specs; otherwise any strides will do.
         launches: how many kernels and library calls ``run`` launches, for reports.
         skipped_in_place: how many of them are not needed where the output lies over the first input.
@@ -83,6 +84,7 @@ class BoundKernel:
     aliasing: bool = False
     prepare: Callable[..., list[Callable[[], None]] | None] | None = None
     exact_outputs: bool = False
+    aligned_bytes: int = 1
     launches: int = 1
     skipped_in_place: int = 0
 
@@ -148,7 +150,8 @@ class Backend(Protocol):
     """What a device package implements.
 
     It may also have ``prefers_channels_last``, the names of ops that are faster on images (N, C, H, W) whose channels
-    lie side by side, and ``joins_epilogue(op, ins, outs, params)``, which tells whether a ``matmul_epilogue`` or
+    lie side by side, and ``gains_channels_last(op, ins, outs, params)``, which tells whether one of these does with
+    these specs; ``joins_epilogue(op, ins, outs, params)``, which tells whether a ``matmul_epilogue`` or
     ``conv2d_epilogue`` of these specs is wanted instead of the product and the elementwise group after it;
     ``joins_norms(op, ins, outs, params)``, which tells whether one of the ``FUSED_NORMS`` of these specs
     (``brim.program.norm_groups``) is wanted instead of a norm and the elementwise groups around it;

@@ -34,7 +34,7 @@ class _Plan:
 
     def __init__(self, out_specs: tuple[Spec, ...], kernel: BoundKernel | None, view_offset: int | None) -> None:
         self.out_specs, self.kernel, self.view_offset = out_specs, kernel, view_offset
-        self.copies = kernel is not None and any(kernel.contiguous)
+        self.copies = kernel is not None and (any(kernel.contiguous) or kernel.aligned_bytes > 1)
 
 
 class Eager:
@@ -180,6 +180,10 @@ class Eager:
                     target.bump_version()
             return outputs
         if plan.copies:
+            if any(_is_off(arg, kernel.aligned_bytes) for arg in args):
+                args = [arg.copy() if _is_off(arg, kernel.aligned_bytes) else arg for arg in args]
+                kernel = self._plan(op, args, params, place).kernel
+                assert kernel is not None
             args = [
                 arg.copy() if need and isinstance(arg, Tensor) and not arg.spec.contiguous else arg
                 for arg, need in zip(args, kernel.contiguous, strict=False)
@@ -242,12 +246,19 @@ def _writable_directly(plan: _Plan, target: Tensor, args: Sequence[Any]) -> bool
     any_layout = target.device.backend.shares_host_memory and not exact
     if not (target.spec.contiguous or target.spec in plan.out_specs or any_layout):
         return False
+    if plan.kernel is not None and _is_off(target, plan.kernel.aligned_bytes):
+        return False
     for arg in args:
         if isinstance(arg, Tensor) and arg._block is target._block and arg._block is not None:
             same = arg.spec == target.spec and arg.offset == target.offset
             if not (same and plan.kernel is not None and plan.kernel.aliasing):
                 return False
     return True
+
+
+def _is_off(x: Any, aligned_bytes: int) -> bool:
+    """True for a tensor that starts inside of its memory where a kernel cannot read or write it."""
+    return isinstance(x, Tensor) and x.offset * x.dtype.itemsize % aligned_bytes != 0
 
 
 def check_out(op: Op, specs: Sequence[Spec], given: Sequence[Tensor | None], args: Sequence[Any]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from brim_cuda.cublaslt_host import HostCublasLt
+from brim_cuda.dnn_host import HostCudnn
 from brim_cuda.gemm_run import GemmRunner
 from brim_cuda.launch import Kernel
 from brim_cuda.source import translation_unit
@@ -101,6 +102,7 @@ class EmulationLoader:
             another number a shuffle.
         launches: how many kernels ran.
         library: what computes matrix products.
+        dnn_library: what stands for cuDNN; None, as where it is not installed, unless it is set.
         recording: the list to which launches are added instead of running, inside ``record``.
     """
 
@@ -112,6 +114,7 @@ class EmulationLoader:
         self._lock = threading.Lock()
         self.library = HostCublasLt()
         self._gemm: GemmRunner | None = None
+        self.dnn_library: HostCudnn | None = None
         self.recording: list[Callable[[], Any]] | None = None
 
     def functions(self, kernels: Sequence[Kernel]) -> list[Callable[..., None]]:
@@ -147,6 +150,18 @@ class EmulationLoader:
             self._gemm = GemmRunner(self.library, self._zero)
         return self._gemm
 
+    def open_dnn(self) -> str:
+        """Nothing to do."""
+        return "none" if self.dnn_library is None else self.dnn_library.version()
+
+    def close_dnn(self) -> None:
+        """Its twin is not used any more."""
+        self.dnn_library = None
+
+    def dnn(self) -> HostCudnn | None:
+        """cuDNN's twin in NumPy, where it was set."""
+        return self.dnn_library
+
     def _zero(self, address: int, nbytes: int, stream: int) -> None:
         run = partial(ctypes.memset, address, 0, nbytes)
         if self.recording is None:
@@ -158,11 +173,16 @@ class EmulationLoader:
     def record(self) -> Iterator[list[Callable[[], Any]]]:
         """Nothing runs inside: what would have run is added to the list, as when a stream is captured."""
         entries: list[Callable[[], Any]] = []
-        self.recording = self.library.recording = entries
+        self._record_into(entries)
         try:
             yield entries
         finally:
-            self.recording = self.library.recording = None
+            self._record_into(None)
+
+    def _record_into(self, entries: list[Callable[[], Any]] | None) -> None:
+        self.recording = self.library.recording = entries
+        if self.dnn_library is not None:
+            self.dnn_library.recording = entries
 
     def stream(self) -> int:
         """There is none: everything has happened when a call returns."""

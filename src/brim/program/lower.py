@@ -79,14 +79,18 @@ def _operand(operand: Any) -> Any:
 
 
 def _legalize(program: Program, backend: Backend) -> Program:
-    """Copies where a kernel wants row-major inputs and gets others."""
+    """Copies where a kernel wants row-major inputs, or inputs that start at round addresses, and gets others."""
     out: list[Instruction] = []
     for instruction in program.instructions:
-        if any(not ref.spec.contiguous for ref in instruction.refs) and instruction.op is not STORE:
-            flags = bind(instruction, backend).contiguous
+        if any(not ref.spec.contiguous or ref.offset for ref in instruction.refs) and instruction.op is not STORE:
+            kernel = bind(instruction, backend)
+            flags = (*kernel.contiguous, *(False,) * (len(instruction.ins) - len(kernel.contiguous)))
             ins = list(instruction.ins)
             for position, (needed, operand) in enumerate(zip(flags, instruction.ins, strict=False)):
-                if needed and isinstance(operand, Ref) and not operand.spec.contiguous:
+                if not isinstance(operand, Ref):
+                    continue
+                off = operand.offset * operand.spec.dtype.itemsize % kernel.aligned_bytes != 0
+                if off or (needed and not operand.spec.contiguous):
                     made = Value(Spec(operand.spec.shape, operand.spec.dtype), op="copy", layer=instruction.layer)
                     made.site = instruction.site
                     out.append(replace(instruction, op=COPY, ins=(operand,), outs=(made,), params={}))

@@ -61,7 +61,9 @@ def _wanted_by(backend: Any) -> list[Callable[[Program], Program]]:
         found.append(update_wrapper(partial(epilogue, accepts=partial(_is_accepted, joins)), epilogue))
     prefers: frozenset[str] = getattr(backend, "prefers_channels_last", frozenset())
     if prefers:
-        found.append(update_wrapper(partial(layout, prefers=prefers), layout))
+        narrower = getattr(backend, "gains_channels_last", None)
+        gains = None if narrower is None else partial(_is_accepted, narrower)
+        found.append(update_wrapper(partial(layout, prefers=prefers, gains=gains), layout))
     return found
 
 

@@ -6,7 +6,7 @@ say: it names the ops that run faster on such images. Copies between the two ord
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from brim.op import REGISTRY
@@ -40,7 +40,9 @@ def channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
     return c * h * w, 1, w * c, c
 
 
-def layout(program: Program, prefers: Collection[str]) -> Program:
+def layout(
+    program: Program, prefers: Collection[str], gains: Callable[[Instruction], bool] | None = None
+) -> Program:  # fmt: skip
     """The program with chains of images laid out channels-last.
 
     A chain are the images that instructions for images and elementwise instructions hand to each other. It is laid out
@@ -51,10 +53,11 @@ def layout(program: Program, prefers: Collection[str]) -> Program:
 
     Arguments:
         prefers: names of ops that are faster on channels-last images; the program stays as it is without any.
+        gains: which instructions of these ops are; all but those of one-element windows when None.
     """
     if not any(instruction.op.name in prefers for instruction in program.instructions):
         return program
-    chains = _Chains(program, prefers)
+    chains = _Chains(program, prefers, gains)
     chosen = {value for chain in chains.found() if chains.gain(chain) > chains.cost(chain) for value in chain}
     return _Rewriter(program, chosen).run() if chosen else program
 
@@ -118,8 +121,11 @@ def _reads_in_place(instruction: Instruction, ref: Ref) -> bool:
 class _Chains:
     """Which values belong together, and what laying them out anew gains and costs."""
 
-    def __init__(self, program: Program, prefers: Collection[str]) -> None:
+    def __init__(
+        self, program: Program, prefers: Collection[str], gains: Callable[[Instruction], bool] | None = None
+    ) -> None:
         self.program, self.prefers = program, prefers
+        self.gains = gains or (lambda instruction: not _is_one_element(instruction))
         self.parent: dict[Value, Value] = {}
         for instruction in program.instructions:
             for out in _written(instruction):
@@ -153,7 +159,7 @@ class _Chains:
         return sum(
             sum(ref.spec.nbytes for ref in _images(i)) + sum(out.nbytes for out in _written(i))
             for i in self.members(chain)
-            if i.op.name in self.prefers and not _is_one_element(i)
+            if i.op.name in self.prefers and self.gains(i)
         )
 
     def cost(self, chain: set[Value]) -> int:
