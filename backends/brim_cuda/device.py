@@ -21,6 +21,7 @@ from brim_cuda.dnn_conv import CONVOLUTIONS
 from brim_cuda.gemm_epilogue import joins_epilogue
 from brim_cuda.gemm_run import Multiply, Zero
 from brim_cuda.graphs import SHORTEST, Graph, Graphed, wanted
+from brim_cuda.kernels import norm
 from brim_cuda.launch import Loader
 from brim_cuda.measuring import Measuring
 
@@ -175,6 +176,10 @@ class CudaBackend:
         if dnn is not None and op.name in CONVOLUTIONS and registry.dnn_work(dnn, op, ins, outs, params) is not None:
             return True
         return joins_epilogue(op.name, ins, outs, params)
+
+    def joins_norms(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> bool:
+        """Whether a norm and the elementwise groups around it are one kernel."""
+        return norm.joins_norms(op.name, ins, outs, params)
 
     def adopt(self, host: np.ndarray[Any, Any]) -> Any:
         """None: host memory is not the device's."""

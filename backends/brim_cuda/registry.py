@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from brim.backend import BoundKernel
+from brim.expr import FusedFormula
 from brim.op import Op
 from brim.spec import Scalar, Spec
 from brim_cuda import kernels
@@ -129,5 +130,12 @@ def _title(op: Op, ins: Sequence[Spec | Scalar], params: dict[str, Any]) -> str:
     """The op and its operands, for messages; of a fused group what it consists of."""
     name = op.name
     if name == "fused":
-        name = f"fused {'+'.join(dict.fromkeys(step.fn for step in params['formula'].steps))}"
+        name = f"fused {_functions(params['formula'])}"
+    elif "before" in params and "after" in params:
+        name = f"{name} {_functions(params['before'])}, {_functions(params['after'])}"
     return f"{name}({', '.join(str(i) if isinstance(i, Spec) else type(i).__name__ for i in ins)})"
+
+
+def _functions(formula: FusedFormula) -> str:
+    """What a formula consists of."""
+    return "+".join(dict.fromkeys(step.fn for step in formula.steps))

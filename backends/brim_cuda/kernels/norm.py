@@ -1,6 +1,7 @@
 """Layer norm and batch norm and the gradients of both: one or two launches each, and two more for layer norm's weights.
 
 Batch norm reads and writes images in any order of memory whose pixels lie evenly: (N, C, H, W) and channels-last alike.
+A plain norm is one whose formulas hand elements on as they are, so that both have the same bits.
 """
 
 from __future__ import annotations
@@ -9,249 +10,382 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from brim.spec import Scalar, Spec
+from brim.expr import FusedFormula, ScalarStep
+from brim.spec import DTYPES, Scalar, Spec
 from brim_cuda.cuda_c import arithmetic
-from brim_cuda.kernels.rows import Lines, Steps, call, steps_param
+from brim_cuda.kernels.rows import INCLUDES, Lines, Steps
 from brim_cuda.kernels.softmax import floats
-from brim_cuda.launch import Call, In, Out, Param, Scratch, index_dtype, pointer
-from brim_cuda.layout import merged
+from brim_cuda.launch import BLOCK, Call, In, Out, Param, Scratch, index_dtype, named_kernel, pointer
+from brim_cuda.norm_c import Argument, Printed, Side, line_steps, printed
 from brim_cuda.registry import Work, kernel
+
+__all__ = ["joins_norms"]
 
 _BUSY_BLOCKS = 512
 """Blocks that keep a large GPU busy."""
 _LEAST = 16
-"""Elements of a piece that a thread should have at least."""
+"""Units of a piece that a thread should have at least."""
 _MAX_PIECES = 128
+_MAX_BLOCKS = 32768
+_HELD_BYTES = 128
+"""What a thread holds of a line, at most: 32 registers."""
+_OWN = {"layer_norm": 2, "batch_norm": 2, "layer_norm_grad": 4, "batch_norm_grad": 4}
+"""Norm -> its inputs but the first: weight and bias; or x, weight, mean and variance."""
+_NAMES = tuple(_OWN)
 
-Argument = tuple[Param, Any]
+
+def _identity(dtype: Any) -> FusedFormula:
+    return FusedFormula((ScalarStep("cast", dtype, (("in", 0),), dtype),), (0,))
 
 
-class _Binding:
-    """What the arguments of the kernels of one op have in common.
+@kernel(*_NAMES)
+def norm(ins: Sequence[Any], outs: Sequence[Spec], *, name: str, **params: Any) -> Work:
+    """A norm or a gradient of one by itself."""
+    first, result = ins[0], outs[0]
+    if not isinstance(first, Spec) or first.shape != result.shape:
+        raise KeyError(f"the CUDA backend has no kernel for {name} of an operand that is broadcast")
+    count = _OWN[name]
+    places = [*range(1, count + 1), 0]
+    whole = [ins[n] for n in places]
+    return _Norm(
+        name, whole, places, outs, _identity(first.dtype), _identity(result.dtype), result.shape, params
+    ).work()
+
+
+@kernel(*(f"{name}_fused" for name in _NAMES))
+def fused_norm(
+    ins: Sequence[Any],
+    outs: Sequence[Spec],
+    *,
+    name: str,
+    before: FusedFormula,
+    after: FusedFormula,
+    shape: tuple[int, ...],
+    **params: Any,
+) -> Work:
+    """A norm with the formulas before and after it; see ``brim.program.norm_groups``."""
+    plain = name.removesuffix("_fused")
+    return _Norm(plain, ins, list(range(len(ins))), outs, before, after, shape, params).work()
+
+
+def joins_norms(name: str, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> bool:
+    """Whether a norm with these formulas is better than the three by themselves."""
+    plain, before, after = name.removesuffix("_fused"), params["before"], params["after"]
+    own = {k: v for k, v in params.items() if k not in ("before", "after", "shape")}
+    try:
+        made = _Norm(plain, ins, list(range(len(ins))), outs, before, after, params["shape"], own)
+        if any(made.work().contiguous[made.count :]):
+            return False  # operands would be copied first
+    except KeyError:
+        return False
+    drawn = [any(step.fn == "uniform" for step in formula.steps) for formula in (before, after)]
+    if any(drawn) and not made.shares_draws():
+        return False
+    # The gradients of layer norm's weights compute what comes before once more.
+    return plain != "layer_norm_grad" or (len(before.outputs) == 1 and not drawn[0])
+
+
+class _Norm:
+    """A norm with formulas, on operands of certain specs.
 
     Arguments:
-        ins, outs: the op's.
-        x: its input.
-        eps: its parameter.
+        ins: the norm's inputs but the first, then those of the formulas.
+        places: for each, the number of the op's input.
+        outs: results of ``after``, of ``before`` but the first, of the norm but the first.
+        params: of the norm.
     """
 
-    def __init__(self, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], x: Spec, eps: float) -> None:
-        self.ins, self.outs = ins, outs
-        self.compute = arithmetic(x.dtype)
-        self.index = index_dtype([s for s in (*ins, *outs) if isinstance(s, Spec)])
-        self.eps = (Param("eps", self.compute), self.compute.type(eps))
+    def __init__(
+        self,
+        name: str,
+        ins: Sequence[Any],
+        places: Sequence[int],
+        outs: Sequence[Spec],
+        before: FusedFormula,
+        after: FusedFormula,
+        shape: tuple[int, ...],
+        params: dict[str, Any],
+    ) -> None:
+        self.name, self.ins, self.places, self.outs, self.shape = name, ins, places, outs, shape
+        self.before, self.after, self.params = before, after, params
+        self.count = _OWN[name]
+        self.grad, self.rows = name.endswith("_grad"), name.startswith("layer")
+        self.n_made, self.n_kept = len(after.outputs), len(before.outputs) - 1
+        first = before.steps[before.outputs[0]].dtype
+        self.dtypes = (first, ins[0].dtype if self.grad else first)
+        self.own = ins[: self.count]
+        self.rest = outs[self.n_made + self.n_kept :]
+        floats(name, Spec((), first), *self.own, *self.rest)
+        self.compute = arithmetic(first)
+        self.size = math.prod(shape)
+        ndim = params["ndim"] if self.rows else 0
+        axes = range(len(shape))
+        self.line_axes = axes[: len(shape) - ndim] if self.rows else axes[1:2]
+        self.element_axes = axes[len(shape) - ndim :] if self.rows else [a for a in axes if a != 1]
+        self.length = math.prod(shape[a] for a in self.element_axes)
+        self._check()
+        arrays = [s for s in (*ins, *outs) if isinstance(s, Spec)]
+        self.index = index_dtype([*arrays, Spec(shape)])
+
+    def _check(self) -> None:
+        weights, size = self.own[1 if self.grad else 0 :], self.length if self.rows else self.shape[1]
+        vectors = weights[:1] if self.grad else weights
+        if any(isinstance(v, Spec) and v.size != size for v in vectors):
+            raise KeyError(f"the CUDA backend has no kernel for {self.name} with weights that are broadcast")
+        if self.grad and any(not isinstance(s, Spec) or s.dtype != self.compute for s in self.own[2:]):
+            raise KeyError(
+                f"the CUDA backend has no kernel for {self.name} with statistics in another dtype than its own"
+            )
+        if self.size == 0 and any(out.size for out in self.outs):
+            raise KeyError("the CUDA backend has no kernel for norms over an empty axis")
+
+    # ------------------------------------------------------------------------------------------ where elements lie
+
+    def steps(self, spec: Spec) -> Steps | None:
+        return line_steps(spec, self.shape, self.line_axes, self.element_axes)
+
+    def sides(self) -> tuple[list[Any], Side | None, list[Side], list[Side], list[bool]]:
+        """Operands of the formulas, x of a gradient, the results, and which inputs must be row-major."""
+        contiguous = [isinstance(x, Spec) for x in self.own]
+        own: Side | None = None
+        if self.grad:
+            own, contiguous[0] = self._side("x", 0)
+        others: list[Any] = []
+        for n, x in enumerate(self.ins[self.count :], self.count):
+            side, copied = self._side(f"i{n}", n) if isinstance(x, Spec) else (x, False)
+            others.append(side)
+            contiguous.append(copied)
+        results = []
+        for n, out in enumerate(self.outs[: self.n_made + self.n_kept]):
+            if (steps := self.steps(out)) is None:
+                raise KeyError(f"the CUDA backend has no kernel for {self.name} into such an order of memory")
+            results.append(Side(f"o{n}", out.dtype, steps, Out(n), True))
+        return others, own, results[: self.n_made], results[self.n_made :], contiguous
+
+    def _side(self, name: str, n: int) -> tuple[Side, bool]:
+        spec = self.ins[n]
+        steps = self.steps(spec)
+        if steps is not None:
+            return Side(name, spec.dtype, steps, In(self.places[n])), False
+        steps = self.steps(Spec(spec.shape, spec.dtype))
+        assert steps is not None
+        return Side(name, spec.dtype, steps, In(self.places[n])), True
+
+    def units(self, main: Steps) -> int:
+        """Elements that a thread takes at once: the same with and without formulas, so that sums are the same."""
+        return next(
+            v for v in (8, 4, 2, 1) if v == 1 or (main.step == 1 and main.part % v == 0 and self.length % v == 0)
+        )
+
+    def shares_draws(self) -> bool:
+        """Whether the elements of a unit are drawn together, as eight are in one go."""
+        logical = self.steps(Spec(self.shape))
+        main = self.steps(self.outs[0])
+        return logical is not None and main is not None and self.units(main) == 8 and logical.part % 8 == 0
+
+    # --------------------------------------------------------------------------------------------------- launches
+
+    def work(self) -> Work:
+        _, _, made, _, contiguous = self.sides()
+        flags = [False] * (max(self.places) + 1)
+        for place, flag in zip(self.places, contiguous, strict=True):
+            flags[place] = flag
+        if self.size == 0:
+            self.printed(1)  # refuses what has no kernel, whatever the size
+            return Work([], contiguous=tuple(flags))
+        main = made[0].steps
+        v = self.units(main)
+        lines = self.size // self.length
+        across = not self.rows and lines > 1 and abs(main.line) < abs(main.step)
+        dealt = Lines(lines, self.length // v, across)
+        launch = _Launches(self, self.printed(v), dealt, v)
+        made_of = {
+            "layer_norm": launch.layer_norm, "batch_norm": launch.batch_norm,
+            "layer_norm_grad": launch.layer_norm_grad, "batch_norm_grad": launch.batch_norm_grad,
+        }  # fmt: skip
+        calls, scratch = made_of[self.name]()
+        return Work(calls, scratch * self.compute.itemsize, tuple(flags), aliasing=True)
+
+    def printed(self, v: int, stores: bool = True) -> Printed:
+        others, own, made, kept, _ = self.sides()
+        first, *more = self.before.outputs
+        logical = self.steps(Spec(self.shape))
+        assert logical is not None
+        return printed(
+            self.before, self.after, others, [In(n) for n in self.places[self.count :]], own, made, kept,
+            more.index(first) if first in more else None, self.dtypes, logical, v, self.index, stores,
+        )  # fmt: skip
 
     def array(self, name: str, n: int) -> Argument:
-        """Input ``n``, an array or a number."""
-        given = self.ins[n]
-        if isinstance(given, Spec):
-            return pointer(name, given.dtype, const=True), In(n)
-        return Param(name, self.compute), In(n)
-
-    def arrays(self, *names: str) -> list[Argument]:
-        """The first inputs."""
-        return [self.array(name, n) for n, name in enumerate(names)]
+        """One of the norm's own inputs, an array or a number."""
+        given = self.own[n]
+        place = In(self.places[n])
+        return (pointer(name, given.dtype, const=True) if isinstance(given, Spec) else Param(name, self.compute)), place
 
     def result(self, name: str, n: int) -> Argument:
-        """Output ``n``."""
-        return pointer(name, self.outs[n].dtype), Out(n)
-
-    def parts(self, *, const: bool, offset: int = 0, name: str = "parts") -> Argument:
-        """What pieces have in scratch, from element ``offset`` on."""
-        return pointer(name, self.compute, const=const), Scratch(offset * self.compute.itemsize)
-
-    def steps(self, name: str, steps: Steps) -> Argument:
-        """Where lines and elements of an array lie."""
-        return steps_param(name, self.index), steps.packed(self.index)
-
-    def number(self, name: str, value: int) -> Argument:
-        """A count."""
-        return Param(name, self.index), self.index.type(value)
-
-    def share(self, count: int) -> Argument:
-        """1 / count."""
-        return Param("share", self.compute), self.compute.type(1.0 / count)
-
-    def call(
-        self, function: str, arrays: list[Argument], lines: Lines, rest: list[Argument], carried: int, pieces: int = 1
-    ) -> Call:
-        """A launch; ``carried``: numbers that a thread hands to the others."""
-        shared_bytes = carried * self.compute.itemsize
-        return call(function, arrays, lines, rest, self.index, "norm", shared_bytes=shared_bytes, pieces=pieces)
+        """One of the norm's results but the first."""
+        return pointer(name, self.rest[n].dtype), Out(n + self.n_made + self.n_kept)
 
 
-def _pieces(lines: Lines) -> tuple[int, int]:
+def _pieces(lines: Lines, v: int) -> tuple[int, int]:
     """(number of pieces, elements of each) into which lines are cut so that the GPU is busy."""
     most = min(-(-_BUSY_BLOCKS // lines.tiles), -(-lines.count // (lines.lanes * _LEAST)), _MAX_PIECES)
     chunk = -(-lines.count // max(1, most))
-    return -(-lines.count // chunk), chunk
+    return -(-lines.count // chunk), chunk * v
 
 
-# ------------------------------------------------------------------------------------------------------- layer norm
+class _Launches:
+    """The launches of one norm; each of the four gives them and the numbers that it needs in scratch."""
 
+    def __init__(self, of: _Norm, text: Printed, lines: Lines, v: int) -> None:
+        self.of, self.text, self.lines, self.v = of, text, lines, v
+        compute, index = of.compute, of.index
+        self.eps: Argument = (Param("eps", compute), compute.type(of.params["eps"]))
+        self.share: Argument = (Param("share", compute), compute.type(1.0 / of.length))
+        self.counts: list[Argument] = [
+            (Param("lines", index), index.type(lines.lines)), (Param("count", index), index.type(of.length)),
+        ]  # fmt: skip
+        self.pieces, self.chunk = _pieces(lines, v)
+        self.cut = [self.number("chunk", self.chunk), self.number("pieces", self.pieces)]
+        self.deal: list[Argument] = [
+            (Param("lanes", DTYPES["int32"]), lines.lanes),
+            (Param("across", DTYPES["bool"]), lines.across),
+        ]
 
-def _check_vectors(name: str, vectors: Sequence[Any], size: int) -> None:
-    if any(isinstance(v, Spec) and v.size != size for v in vectors):
-        raise KeyError(f"the CUDA backend has no kernel for {name} with weights that are broadcast")
+    def number(self, name: str, value: int) -> Argument:
+        return Param(name, self.of.index), self.of.index.type(value)
 
+    def parts(self, *, const: bool, offset: int = 0, name: str = "parts") -> Argument:
+        """What pieces have in scratch, from element ``offset`` on."""
+        return pointer(name, self.of.compute, const=const), Scratch(offset * self.of.compute.itemsize)
 
-@kernel("layer_norm")
-def layer_norm(ins: Sequence[Any], outs: Sequence[Spec], *, ndim: int, eps: float) -> Work:
-    """Rows of the last axes, each with mean and variance of its own."""
-    x, weight, bias = ins
-    floats("layer_norm", *ins, *outs)
-    count = math.prod(x.shape[x.ndim - ndim :])
-    _check_vectors("layer_norm", (weight, bias), count)
-    contiguous = _arrays(ins)
-    if x.size == 0:
-        return _empty(outs, contiguous)
-    own = _Binding(ins, outs, x, eps)
-    arrays = own.arrays("x", "weight", "bias")
-    arrays += [own.result(name, n) for n, name in enumerate(("y", "mean", "var"))]
-    steps = Steps(count, 1)
-    rest = [own.steps("xs", steps), own.steps("ys", steps), own.eps]
-    made = own.call("norm_lines<false>", arrays, Lines(x.size // count, count), rest, 1)
-    return Work([made], contiguous=contiguous)
+    def call(
+        self,
+        function: str,
+        given: str,
+        rest: Sequence[Argument],
+        carried: int,
+        *,
+        text: Printed | None = None,
+        lines: Lines | None = None,
+        lanes: int = 0,
+        pieces: int = 1,
+        wide: bool = True,
+    ) -> Call:
+        """A launch of ``function(given, rest..., lanes, across)``; ``wide``: it takes that, too.
 
+        Arguments:
+            given: which of the printed functions it takes, with a comma after each.
+            carried: numbers that a thread hands to the others.
+        """
+        of, lines = self.of, lines or self.lines
+        text = Printed("", "", []) if not given else text or self.text
+        lanes = lanes or lines.lanes
+        deal = [(self.deal[0][0], lanes), (self.deal[1][0], lines.across)]
+        operands = [*text.arguments, *rest, *deal]
+        names = ", ".join([*(param.name for param, _ in (*rest, *deal)), *(["wide"] if wide else [])])
+        vectors = [] if of.rows is False or self.v == 1 or text is not self.text else [
+            f" && is_aligned<{param.ctype.removeprefix('const ')}, {self.v}>({param.name})"
+            for param, _ in rest if param.is_pointer and param.name in ("weight", "bias")
+        ]  # fmt: skip
+        source = f"""{text.text}
+extern "C" __global__ void __launch_bounds__({BLOCK}) NAME(PARAMS) {{
+    {text.inside.replace("WEIGHTS", "".join(vectors))}
+    {function}({given}{names});
+}}
+"""
+        made = named_kernel("norm", [p for p, _ in operands], source, (*INCLUDES, "philox.cuh", "norm.cuh"))
+        tiles = -(-lines.lines // (BLOCK // lanes))
+        blocks = (min(tiles, _MAX_BLOCKS), pieces) if pieces > 1 else (min(tiles, _MAX_BLOCKS),)
+        shared = carried * of.compute.itemsize * BLOCK if lanes > 1 else 0
+        return Call(made, blocks, tuple(argument for _, argument in operands), shared_bytes=shared)
 
-@kernel("layer_norm_grad")
-def layer_norm_grad(ins: Sequence[Any], outs: Sequence[Spec], *, ndim: int, eps: float) -> Work:
-    """The gradient of each row; those of weight and bias from columns, cut into pieces where the batch is long."""
-    g, x, weight, mean, var = ins
-    floats("layer_norm_grad", *ins, *outs)
-    _check_statistics("layer_norm_grad", x, (mean, var))
-    count = math.prod(x.shape[x.ndim - ndim :])
-    _check_vectors("layer_norm_grad", (weight,), count)
-    if g.shape != x.shape:
-        raise KeyError("the CUDA backend has no kernel for layer_norm_grad of a gradient that is broadcast")
-    contiguous = _arrays(ins)
-    if x.size == 0:
-        return _empty(outs, contiguous)
-    own, rows = _Binding(ins, outs, x, eps), x.size // count
-    rest = [own.steps("steps", Steps(count, 1)), own.eps, own.share(count)]
-    arrays = [*own.arrays("g", "x", "weight", "mean", "var"), own.result("y", 0)]
-    calls = [own.call("layer_norm_grad_lines", arrays, Lines(rows, count), rest, 2)]
-    columns = Lines(count, rows, across=True)
-    pieces, chunk = _pieces(columns)
-    arrays = [own.array(name, n) for name, n in (("g", 0), ("x", 1), ("mean", 3), ("var", 4))]
-    results = [own.result("second", 1), own.result("first", 2)]
-    if pieces == 1:
-        arrays += results
-    else:
-        arrays += [own.parts(const=False, offset=pieces * count, name="second"), own.parts(const=False, name="first")]
-    rest = [own.steps("steps", Steps(1, count)), own.eps, own.number("chunk", chunk)]
-    calls.append(own.call("layer_norm_grad_columns", arrays, columns, rest, 2, pieces))
-    if pieces == 1:
-        return Work(calls, contiguous=contiguous)
-    joining = [own.parts(const=True), *results]
-    calls.append(own.call("norm_grad_join", joining, Lines(count, pieces, across=True), [], 2))
-    return Work(calls, 2 * pieces * count * own.compute.itemsize, contiguous)
+    def held(self) -> tuple[int, int]:
+        """(units that a thread holds of a line, threads that share one); 0 units where it would be too many."""
+        each = self.v * self.of.compute.itemsize * (2 if self.of.grad else 1)
+        lanes = self.lines.lanes
+        most = BLOCK if not self.lines.across else lanes
+        while lanes < most and -(-self.lines.count // lanes) * each > _HELD_BYTES:
+            lanes *= 2
+        units = -(-self.lines.count // lanes)
+        return (units, lanes) if units * each <= _HELD_BYTES else (0, self.lines.lanes)
 
+    def whole(self, by_line: bool) -> Call:
+        """A forward norm in one launch."""
+        held, lanes = self.held()
+        rest = [
+            self.of.array("weight", 0),
+            self.of.array("bias", 1),
+            self.of.result("mean", 0),
+            self.of.result("var", 1),
+        ]
+        function = f"norm_lines<{str(by_line).lower()}, {self.v}, {held}>"
+        return self.call(function, "first, again, last, ", [*rest, *self.counts, self.eps], 1, lanes=lanes)
 
-def _arrays(ins: Sequence[Any]) -> tuple[bool, ...]:
-    """Which inputs are arrays."""
-    return tuple(isinstance(x, Spec) for x in ins)
+    def layer_norm(self) -> tuple[list[Call], int]:
+        return [self.whole(False)], 0
 
+    def batch_norm(self) -> tuple[list[Call], int]:
+        if self.pieces == 1:
+            return [self.whole(True)], 0
+        of, n = self.of, self.pieces
+        vectors, moments = [of.array("weight", 0), of.array("bias", 1)], [of.result("mean", 0), of.result("var", 1)]
+        calls = [
+            self.call(
+                f"norm_pieces<{self.v}>", "first, again, ", [self.parts(const=False), *self.counts, *self.cut], 1,
+                pieces=n, wide=False,
+            ),
+            self.call(
+                f"norm_from_pieces<{self.v}>", "again, last, ",
+                [*vectors, self.parts(const=True), *moments, *self.counts, self.eps, *self.cut], 3, pieces=n,
+            ),
+        ]  # fmt: skip
+        return calls, 2 * n * self.lines.lines
 
-def _check_statistics(name: str, x: Spec, statistics: Sequence[Any]) -> None:
-    if any(not isinstance(s, Spec) or s.dtype != arithmetic(x.dtype) for s in statistics):
-        raise KeyError(f"the CUDA backend has no kernel for {name} with statistics in another dtype than its own")
+    def layer_norm_grad(self) -> tuple[list[Call], int]:
+        """The gradients of the weights first, from columns: the results may lie over what they read."""
+        of = self.of
+        weight, mean, var = of.array("weight", 1), of.array("mean", 2), of.array("var", 3)
+        columns = Lines(of.length, self.lines.lines, across=True)
+        pieces, chunk = _pieces(columns, 1)
+        results = [of.result("second", 0), of.result("first_sum", 1)]
+        into = results
+        if pieces > 1:
+            into = [
+                self.parts(const=False, offset=pieces * of.length, name="second"),
+                self.parts(const=False, name="first_sum"),
+            ]
+        counts = [self.number("lines", of.length), self.number("count", self.lines.lines)]
+        rest = [mean, var, *into, *counts, self.eps, self.number("chunk", chunk)]
+        text = of.printed(1, stores=False)
+        calls = [
+            self.call(
+                "layer_norm_grad_columns", "first, ", rest, 2, text=text,
+                lines=columns, pieces=pieces, wide=False,
+            )
+        ]  # fmt: skip
+        if pieces > 1:
+            counts = [self.number("lines", of.length), self.number("count", pieces)]
+            joining = Lines(of.length, pieces, across=True)
+            rest = [self.parts(const=True), *results, *counts]
+            calls.append(self.call("norm_grad_join", "", rest, 2, lines=joining, wide=False))
+        held, lanes = self.held()
+        rest = [weight, mean, var, *self.counts, self.eps, self.share]
+        function = f"layer_norm_grad_lines<{self.v}, {held}>"
+        calls.append(self.call(function, "first, again, last, ", rest, 2, lanes=lanes))
+        return calls, 2 * pieces * of.length if pieces > 1 else 0
 
-
-def _empty(outs: Sequence[Spec], contiguous: tuple[bool, ...]) -> Work:
-    """Nothing to do for operands without elements. KeyError where there are results to write nevertheless."""
-    if any(out.size for out in outs):
-        raise KeyError("the CUDA backend has no kernel for norms over an empty axis")
-    return Work([], contiguous=contiguous)
-
-
-# ------------------------------------------------------------------------------------------------------- batch norm
-
-
-def _image_steps(spec: Spec) -> Steps | None:
-    """The channels of an array (N, C, ...) as lines; None where its pixels do not lie evenly."""
-    pixels, steps = merged(spec.shape[2:], [spec.strides[2:]], keep_order=True)
-    if len(pixels) > 1:
-        return None
-    size, step = pixels[0], steps[0][0]
-    if size == 1:
-        return Steps(spec.strides[1], spec.strides[0])
-    if spec.shape[0] == 1 or spec.strides[0] == size * step:
-        return Steps(spec.strides[1], step)
-    return Steps(spec.strides[1], step, part=size, part_step=spec.strides[0])
-
-
-def _images(arrays: Sequence[Spec]) -> tuple[list[Steps], tuple[bool, ...]]:
-    """How images are read, and which of them must be row-major."""
-    found = [_image_steps(spec) for spec in arrays]
-    again = [_image_steps(Spec(spec.shape, spec.dtype)) for spec in arrays]
-    return [a or b for a, b in zip(found, again, strict=True)], tuple(steps is None for steps in found)  # type: ignore[misc]
-
-
-def _channels(x: Spec, steps: Steps) -> Lines:
-    channels = x.shape[1]
-    return Lines(channels, x.size // channels, across=channels > 1 and abs(steps.line) < abs(steps.step))
-
-
-@kernel("batch_norm")
-def batch_norm(ins: Sequence[Any], outs: Sequence[Spec], *, eps: float) -> Work:
-    """Channels, each with mean and variance of its own; few long ones are cut into pieces."""
-    x, weight, bias = ins
-    floats("batch_norm", *ins, *outs)
-    _check_vectors("batch_norm", (weight, bias), x.shape[1])
-    (xs, ys), (copied, beyond) = _images([x, outs[0]])
-    if beyond:
-        raise KeyError("the CUDA backend has no kernel for batch_norm into such an order of memory")
-    contiguous = (copied, *_arrays(ins[1:]))
-    if x.size == 0:
-        return _empty(outs, contiguous)
-    own, lines = _Binding(ins, outs, x, eps), _channels(x, xs)
-    inputs = own.arrays("x", "weight", "bias")
-    results = [own.result(name, n) for n, name in enumerate(("y", "mean", "var"))]
-    steps = [own.steps("xs", xs), own.steps("ys", ys)]
-    pieces, chunk = _pieces(lines)
-    if pieces == 1:
-        made = own.call("norm_lines<true>", [*inputs, *results], lines, [*steps, own.eps], 1)
-        return Work([made], contiguous=contiguous)
-    cut = [own.number("chunk", chunk), own.number("pieces", pieces)]
-    calls = [
-        own.call("norm_pieces", [inputs[0], own.parts(const=False)], lines, [steps[0], *cut], 1, pieces),
-        own.call(
-            "norm_from_pieces", [*inputs, own.parts(const=True), *results], lines, [*steps, own.eps, *cut], 3, pieces
-        ),
-    ]
-    return Work(calls, 2 * pieces * lines.lines * own.compute.itemsize, contiguous)
-
-
-@kernel("batch_norm_grad")
-def batch_norm_grad(ins: Sequence[Any], outs: Sequence[Spec], *, eps: float) -> Work:
-    """All three gradients from two readings of g and x."""
-    g, x, weight, mean, var = ins
-    floats("batch_norm_grad", *ins, *outs)
-    _check_statistics("batch_norm_grad", x, (mean, var))
-    _check_vectors("batch_norm_grad", (weight,), x.shape[1])
-    if g.shape != x.shape:
-        raise KeyError("the CUDA backend has no kernel for batch_norm_grad of a gradient that is broadcast")
-    (gs, xs, ys), (copied_g, copied_x, beyond) = _images([g, x, outs[0]])
-    if beyond:
-        raise KeyError("the CUDA backend has no kernel for batch_norm_grad into such an order of memory")
-    contiguous = (copied_g, copied_x, *_arrays(ins[2:]))
-    if x.size == 0:
-        return _empty(outs, contiguous)
-    own, lines = _Binding(ins, outs, x, eps), _channels(x, xs)
-    inputs = own.arrays("g", "x", "weight", "mean", "var")
-    results = [own.result("y", 0), own.result("second", 1), own.result("first", 2)]
-    steps = [own.steps("gs", gs), own.steps("xs", xs), own.steps("ys", ys)]
-    pieces, chunk = _pieces(lines)
-    last = [own.eps, own.share(lines.count)]
-    if pieces == 1:
-        made = own.call("batch_norm_grad_lines", [*inputs, *results], lines, [*steps, *last], 2)
-        return Work([made], contiguous=contiguous)
-    cut = [own.number("chunk", chunk), own.number("pieces", pieces)]
-    summed = [*inputs[:2], *inputs[3:], own.parts(const=False)]
-    both = [*inputs, own.parts(const=True), *results]
-    calls = [
-        own.call("batch_norm_grad_pieces", summed, lines, [*steps[:2], own.eps, *cut], 2, pieces),
-        own.call("batch_norm_grad_from_pieces", both, lines, [*steps, *last, *cut], 2, pieces),
-    ]
-    return Work(calls, 2 * pieces * lines.lines * own.compute.itemsize, contiguous)
+    def batch_norm_grad(self) -> tuple[list[Call], int]:
+        of, n = self.of, self.pieces
+        weight, mean, var = of.array("weight", 1), of.array("mean", 2), of.array("var", 3)
+        results = [of.result("second", 0), of.result("first_sum", 1)]
+        if n == 1:
+            held, lanes = self.held()
+            rest = [weight, mean, var, *results, *self.counts, self.eps, self.share]
+            function = f"batch_norm_grad_lines<{self.v}, {held}>"
+            return [self.call(function, "first, again, last, ", rest, 2, lanes=lanes)], 0
+        rest = [mean, var, self.parts(const=False), *self.counts, self.eps, *self.cut]
+        calls = [self.call(f"batch_norm_grad_pieces<{self.v}>", "first, ", rest, 2, pieces=n, wide=False)]
+        rest = [weight, mean, var, self.parts(const=True), *results, *self.counts, self.eps, self.share, *self.cut]
+        calls.append(self.call(f"batch_norm_grad_from_pieces<{self.v}>", "again, last, ", rest, 2, pieces=n))
+        return calls, 2 * n * self.lines.lines

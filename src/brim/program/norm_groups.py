@@ -17,9 +17,9 @@ from brim.errors import ShapeError
 from brim.expr import FusedFormula, ScalarStep
 from brim.op import REGISTRY, Op
 from brim.program.ir import Instruction, Ref, Value
-from brim.spec import Scalar, Spec
+from brim.spec import Spec
 
-__all__ = ["FUSED_NORMS", "NormGroup", "identity", "is_fused_norm", "norm_group", "overwritable_by_norm"]
+__all__ = ["FUSED_NORMS", "NormGroup", "identity", "is_fused_norm", "is_norm", "norm_group", "overwritable_by_norm"]
 
 _OWN = {"layer_norm": 2, "batch_norm": 2, "layer_norm_grad": 4, "batch_norm_grad": 4}
 """Norm -> how many inputs it has after the first one: weight and bias; or x, weight, mean and variance."""
@@ -68,6 +68,11 @@ those of ``after``, then those of ``before`` but the first, then the norm's but 
 def is_fused_norm(instruction: Instruction) -> bool:
     """True for a norm with formulas."""
     return FUSED_NORMS.get(instruction.op.name.removesuffix("_fused")) is instruction.op
+
+
+def is_norm(instruction: Instruction) -> bool:
+    """True for a norm or a gradient of one, with formulas or without."""
+    return instruction.op.name in FUSED_NORMS or is_fused_norm(instruction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +129,17 @@ def norm_group(name: str, ins: Any, outs: Any, params: dict[str, Any]) -> NormGr
 
 
 def overwritable_by_norm(instruction: Instruction, out: Value) -> list[Value]:
-    """Values over which a norm with formulas may write ``out``, if its kernel may alias at all.
+    """Values over which a norm, with formulas or without, may write ``out``, if its kernel may alias at all.
 
     Such a kernel reads an element of all elementwise operands before it writes any result of ``after`` there. What
     ``before`` gives is written earlier: over operands that nothing reads afterwards, which is known where the norm's
     first input is stored and ``after`` does not read the operand.
     """
+    if not is_fused_norm(instruction):
+        images = list(instruction.ins[: 2 if instruction.op.name.endswith("_grad") else 1])
+        return _written_over(instruction, images) if out is instruction.outs[0] else []
     group = norm_group(instruction.op.name, instruction.ins, instruction.outs, instruction.params)
-    images: list[Scalar | Ref] = [*group.others]
-    if group.norm.name.endswith("_grad"):
-        images.append(group.own[0])
+    images = [*group.others, *(group.own[:1] if group.norm.name.endswith("_grad") else ())]
     if out in group.kept:
         if group.keeps_first is None:
             return []
@@ -141,6 +147,11 @@ def overwritable_by_norm(instruction: Instruction, out: Value) -> list[Value]:
         images = [x for n, x in enumerate(group.others) if n not in later]
     elif out not in group.made:
         return []
+    return _written_over(instruction, images)
+
+
+def _written_over(instruction: Instruction, images: list[Any]) -> list[Value]:
+    """What the Refs among some operands read whole, if nothing else of the instruction reads it."""
     refs = [x for x in images if isinstance(x, Ref)]
     reads = [ref.value for ref in instruction.refs]
     found = dict.fromkeys(ref.value for ref in refs if ref.whole)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from brim.program.ir import FUSED, FUSED_MANY, Instruction, Program, Ref, Value, part_of, parts_of
-from brim.program.norm_groups import is_fused_norm, overwritable_by_norm
+from brim.program.norm_groups import is_norm, overwritable_by_norm
 
 __all__ = ["Interval", "MemoryMap", "Placement", "Scratch", "overwritable", "place", "plan_memory"]
 
@@ -393,7 +393,7 @@ def overwritable(instruction: Instruction, out: Value) -> list[Value]:
     only the part that makes ``out`` does: in which order the parts run is not known.
     """
     ins = instruction.ins
-    if is_fused_norm(instruction):
+    if is_norm(instruction):
         return overwritable_by_norm(instruction, out)
     if instruction.op is FUSED_MANY:
         own = [i for i in part_of(instruction, out) if isinstance(i, Ref)]

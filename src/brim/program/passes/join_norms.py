@@ -13,7 +13,7 @@ from typing import Any
 
 from brim.expr import FusedFormula, ScalarStep
 from brim.program.ir import STORE, Instruction, Program, Ref, Value
-from brim.program.norm_groups import FUSED_NORMS, identity, is_fused_norm, norm_group
+from brim.program.norm_groups import FUSED_NORMS, identity, is_fused_norm, is_norm, norm_group
 from brim.program.passes.groups import Group, group_of, is_fusible
 from brim.program.passes.liveness import live_bytes
 
@@ -58,8 +58,7 @@ def join_norms(
 
 
 def _is_norm(instruction: Instruction) -> bool:
-    plain = instruction.op.name in FUSED_NORMS or is_fused_norm(instruction)
-    return plain and all(out.home is None for out in instruction.outs)
+    return is_norm(instruction) and all(out.home is None for out in instruction.outs)
 
 
 def _joined(
