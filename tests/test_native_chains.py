@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -329,6 +330,67 @@ def test_large_arrays_are_asked_for_ahead_and_updates_stay_in_the_caches() -> No
             assert (found == wanted).all()
     assert streamed == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]
     assert asked == [3, 3]
+
+
+@pytest.mark.parametrize("size", [5, 1024, 16_384, 40_003, 1_000_001])
+def test_a_chain_runs_over_its_whole_piece_at_once(size: int) -> None:
+    arrays = values(np.random.default_rng(6), (3, size))
+    outs = [np.empty_like(arrays[0]) for _ in range(2)]
+    task = elementwise.Interpreter(update(), [False] * 3 + [True] * 3, [F32, F32]).task(
+        outs, [*arrays, 0.25, 0.9, 0.01], {}
+    )
+    assert task is not None
+    assert task.plan.seamless
+    call_of(update(), [*arrays, 0.25, 0.9, 0.01], outs)()
+    with np.errstate(all="ignore"):
+        expected = updated(*arrays, 0.25, 0.9, 0.01)
+    for found, wanted in zip(outs, expected, strict=True):
+        assert np.array_equal(found, wanted, equal_nan=True)
+
+
+def test_what_is_kept_in_a_register_is_kept_for_one_block() -> None:
+    formula, numpys = formula_with("lt.mc", 1.5)  # the sum is read after the comparison
+    x, y = values(np.random.default_rng(7), (2, 5003))
+    out = np.empty_like(x)
+    task = elementwise.Interpreter(formula, [False] * 2, [F32]).task([out], [x, y], {})
+    assert task is not None
+    assert task.plan.chunks > 1
+    assert not task.plan.seamless
+    call_of(formula, [x, y], [out])()
+    with np.errstate(all="ignore"):
+        assert np.array_equal(out, numpys(x, y), equal_nan=True)
+
+
+def pieces_of(sizes: Sequence[int]) -> list[int]:
+    """Elements of each piece of an update of arrays of these sizes; every block is in exactly one."""
+    machine = elementwise.Interpreter(update(), [False] * 3 + [True] * 3, [F32, F32])
+    tasks = []
+    for size in sizes:
+        p, g, v = (np.empty(size, F32) for _ in range(3))
+        tasks.append(machine.task([p, v], [p, g, v, 0.25, 0.9, 0.01], {}))
+    assert all(task is not None for task in tasks)
+    spans, starts = elementwise.pieces(tasks)
+    found = []
+    seen = [0] * len(sizes)
+    for begin, end in pairwise(starts):
+        found.append(0)
+        for which, first, last in spans[begin:end]:
+            block = int(tasks[which].plan.header[6])
+            assert first * block == seen[which]
+            seen[which] = min(last * block, sizes[which])
+            found[-1] += seen[which] - first * block
+    assert seen == list(sizes)
+    return found
+
+
+def test_pieces_of_large_calls_are_longer_and_as_many() -> None:
+    small = pieces_of([235_000])
+    assert max(small) <= program.PIECE_BYTES // 20 + 1024
+    one, many = pieces_of([9_000_000]), pieces_of([300_000] * 30)
+    for found in (one, many):
+        assert max(found) > 4 * max(small)
+        assert program.PIECES * 0.8 <= len(found) <= program.PIECES * 1.25
+        assert max(found) <= program.PIECE_BYTES_MAX // 20 + 1024
 
 
 # ---- many groups in one call

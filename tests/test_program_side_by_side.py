@@ -227,6 +227,18 @@ def test_what_stays_apart(which: str) -> None:
     assert not many_of(joined(_apart(APART[which])))
 
 
+def test_updates_join_up_to_a_size_of_their_own() -> None:
+    count = ARRAY_BYTES_MAX // 4 + 1
+    updates = Updates([(count,), (7,), (3, count)])
+    program = room(updates.program(), 2**24)
+    assert not many_of(joined(program))
+    (many,) = many_of(joined(program, update_bytes=2 * ARRAY_BYTES_MAX))
+    assert [out.spec.shape for out in many.outs] == [(count,), (count,), (7,), (7,)]
+    assert {i.params["count"] for i in many_of(joined(program, update_bytes=2**24))} == {3}
+    gradients = [i for i in joined(program, update_bytes=2**24).instructions if i.op.name == "square"]
+    assert len(gradients) == 1 + 3, "what is no update stays apart"
+
+
 def test_equal_ones_beside_them_join() -> None:
     assert many_of(joined(_apart(lambda x, y: step("exp", y, out=Value(y.spec)))))
 

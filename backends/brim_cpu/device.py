@@ -56,6 +56,7 @@ class CpuBackend:
         overlay.install()
         # A native call costs a microsecond, and more to wake the team; NumPy would run the parts one by one anyway.
         self.joins_side_by_side = 4 << 20 if native.available() else 0
+        self.joins_updates = 16 << 20  # fewer and longer pieces for each thread; larger arrays are long by themselves
 
     def count(self) -> int:
         """One: all cores are one device."""

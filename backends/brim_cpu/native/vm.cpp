@@ -22,6 +22,7 @@ struct Header {
     i64 inner, rows, per_chunk, chunks;
     i64 whole_rows;  // a chunk is so many whole rows; else a part of one row
     i64 tails;       // a chunk may have elements that make no whole tile
+    i64 seamless;    // one chain on dense arrays that keeps nothing in registers: many chunks are run as one
 };
 
 struct Array {
@@ -57,7 +58,7 @@ struct ChainLink {
 };
 
 enum { kUniform = -1 };  // d = numbers drawn for (a, b), which are constants' numbers
-enum { kEnd = 0, kPrefetch = 2 };  // codes of links
+enum { kEnd = 0, kStore = 1, kPrefetch = 2 };  // codes of links
 
 const Instruction* const kTables[] = {kFloatInstructions, kWholeInstructions, kCastInstructions, kMathInstructions};
 
@@ -181,7 +182,8 @@ void run_chain_at(const Task& task, const Line* line, char* const* slots, i64 n)
     if (done == n) return;
     auto rest = [&](i64 slot) {
         const i64 which = slot - task.header->arrays;
-        return slots[slot] + done * (which < 0 ? i64(sizeof(float)) : task.registers[which].itemsize);
+        if (which < 0) return slots[slot] + done * i64(sizeof(float));
+        return slots[slot] + (task.header->seamless ? 0 : done * task.registers[which].itemsize);
     };
     for (i64 l = 0; l < line->chain; l++) {
         const Line& each = line[l];
@@ -216,11 +218,16 @@ void run_span(const Task& task, i64 begin, i64 end) {
         const Constant& constant = task.constants[c];
         if (constant.slot < 0 || (constant.chained && !header.tails)) continue;
         const i64 itemsize = task.registers[constant.slot - header.arrays].itemsize;
-        copy_line(itemsize, slots[constant.slot], itemsize, reinterpret_cast<const char*>(constant.value), 0, header.block);
+        const i64 n = header.seamless ? kTile : header.block;  // what makes no whole tile is shorter than one
+        copy_line(itemsize, slots[constant.slot], itemsize, reinterpret_cast<const char*>(constant.value), 0, n);
     }
     bool streaming = false;
     for (i64 which = begin; which < end; which++) {
-        const Chunk chunk = chunk_of(header, which);
+        Chunk chunk = chunk_of(header, which);
+        if (header.seamless) {
+            which = end - 1;
+            chunk.n = (end < header.chunks ? end * header.per_chunk : header.inner) - chunk.first;
+        }
         for (i64 a = 0; a < header.arrays; a++) {
             const Array& array = task.arrays[a];
             char* own = array.stand_in < 0 ? nullptr : slots[array.stand_in];
@@ -312,10 +319,12 @@ BRIM_EXPORT void brim_vm_prepare(i64* header, i64* arrays, i64* lines, i64* link
     head.per_chunk = head.whole_rows ? head.block / head.inner : head.block;
     head.chunks = head.whole_rows ? ceil_div(head.rows, head.per_chunk) : head.rows * ceil_div(head.inner, head.per_chunk);
     head.tails = head.rows > 1 || head.inner % kTile != 0 || head.block % kTile != 0;
+    head.seamless = head.rows == 1 && reinterpret_cast<Line*>(lines)[0].chain == head.instructions;
     for (i64 a = 0; a < head.arrays; a++) {
         Array& array = reinterpret_cast<Array*>(arrays)[a];
         array.mode = mode_of(head, array);
         array.buffered = array.is_output && array.mode == Mode::dense && array.stand_in >= 0;
+        if (array.mode != Mode::dense || array.buffered) head.seamless = 0;
     }
     for (i64 l = 0; l < head.instructions; l++) {
         Line& line = reinterpret_cast<Line*>(lines)[l];
@@ -324,6 +333,7 @@ BRIM_EXPORT void brim_vm_prepare(i64* header, i64* arrays, i64* lines, i64* link
     for (i64 n = 0; n < head.links; n++) {
         ChainLink& link = reinterpret_cast<ChainLink*>(links)[n];
         link.run = kLinkInstructions[link.code].run;
+        if (link.code == kStore && link.x >= head.arrays) head.seamless = 0;  // a register holds one chunk
     }
 }
 

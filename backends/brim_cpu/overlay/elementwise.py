@@ -20,7 +20,7 @@ from brim_cpu.fused_code import typed
 from brim_cpu.overlay.program import MAX_DIMS, Layout, Lines, code_of, fits, layout, lines_of, math_functions
 from brim_cpu.scalars import UFUNCS
 
-__all__ = ["Interpreter", "bind_elementwise", "bind_formula", "bind_many", "install"]
+__all__ = ["Interpreter", "bind_elementwise", "bind_formula", "bind_many", "install", "pieces"]
 
 Array = np.ndarray[Any, Any]
 Call = Callable[[], None]
@@ -165,19 +165,27 @@ class _Cell:
         self.last = value
 
 
-def _call(tasks: Sequence[_Task]) -> Call:
-    """One call that runs all tasks, cut into pieces over all of them."""
+def pieces(tasks: Sequence[_Task]) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """Spans (number of the task, first block, the block after the last), and the spans at which pieces start or end."""
     spans, starts, filled = list[tuple[int, int, int]](), [0], 0.0
+    call_bytes = sum(task.plan.elements * task.plan.element_bytes for task in tasks)
     for n, task in enumerate(tasks):
-        for begin in range(0, task.plan.chunks, task.plan.piece_chunks):
-            end = min(begin + task.plan.piece_chunks, task.plan.chunks)
+        step = task.plan.piece_chunks(call_bytes)
+        for begin in range(0, task.plan.chunks, step):
+            end = min(begin + step, task.plan.chunks)
             spans.append((n, begin, end))
-            filled += (end - begin) / task.plan.piece_chunks
+            filled += (end - begin) / step
             if filled > 0.75:  # small spans make a piece together
                 starts.append(len(spans))
                 filled = 0.0
     if starts[-1] != len(spans):
         starts.append(len(spans))
+    return spans, starts
+
+
+def _call(tasks: Sequence[_Task]) -> Call:
+    """One call that runs all tasks, cut into pieces over all of them."""
+    spans, starts = pieces(tasks)
     records, ranges = np.array([task.record for task in tasks], np.int64), np.array(spans, np.int64)
     call = _RUN.bind(records, ranges, np.array(starts, np.int64), len(starts) - 1)
     call.keeps += (tasks,)

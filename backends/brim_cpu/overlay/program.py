@@ -31,10 +31,7 @@ _UNIFORM = -1
 MAX_DIMS, _MAX_SLOTS, _MAX_LINES = 8, 96, 512
 _BLOCKS = (1024, 512, 256, 128)
 _REGISTER_BYTES = 64 * 1024
-_CHUNKS, _COMPLETED = (
-    18,
-    6,
-)  # the place in a header that says how many chunks there are, and how many words vm.cpp fills
+_CHUNKS, _SEAMLESS, _COMPLETED = 18, 21, 7  # places in a header; how many words vm.cpp fills
 _CACHE_BYTES = 24 * 1024
 """What registers may take of a first-level cache; operands stream through the rest."""
 
@@ -45,11 +42,14 @@ CHAINS = True
 """False: every line runs by itself. The results are the same; tests compare them."""
 PREFETCH_ELEMENTS = 1 << 15
 """Chains ask ahead for arrays of at least so many elements: smaller ones are mostly in a near cache."""
-PREFETCH_BYTES = 3072
-"""How far ahead: from 2 to 4 KiB an update of parameters in main memory takes 0.65 of the time without."""
-PIECE_ELEMENTS, PIECE_BYTES, MAX_PIECES = 16 * 1024, 128 * 1024, 4096
-"""What one thread takes at a time: so many elements, fewer where an element is many bytes, because threads wait
-for each other's last piece; more where there would be too many."""
+PREFETCH_BYTES = 2048
+"""How far ahead: with 1.5 to 3 KiB an update of parameters in main memory takes 0.65 to 0.8 of the time without."""
+PIECE_ELEMENTS, PIECE_BYTES, PIECE_BYTES_MAX = 16 * 1024, 128 * 1024, 4 * 1024 * 1024
+"""What one thread takes at a time of a small call: so many elements, fewer where an element is many bytes, because
+threads wait for each other's last piece; and at most of a large one, in bytes of all arrays together."""
+PIECES, MAX_PIECES = 256, 4096
+"""A large call is cut into PIECES, as far as they are not too large: each starts reading every array anew, and where
+they lie in main memory pieces of 128 KiB take 1.4 times as long as those of 1 MiB. Never into more than MAX_PIECES."""
 MATH_TABLE = 3
 """Number of the table of vm.cpp whose functions differ from NumPy's in their last bits."""
 
@@ -251,7 +251,9 @@ class Layout:
 
     Attributes:
         chunks: how many blocks it takes.
-        piece_chunks: how many of them one thread takes at a time.
+        elements: of the formula.
+        element_bytes: of all arrays, for one element.
+        seamless: the blocks of a piece are run as one.
     """
 
     header: np.ndarray[Any, Any]
@@ -261,7 +263,18 @@ class Layout:
     links: np.ndarray[Any, Any]
     only_chained: tuple[bool, ...]
     chunks: int
-    piece_chunks: int
+    elements: int
+    element_bytes: int
+    seamless: bool
+
+    def piece_chunks(self, call_bytes: int) -> int:
+        """How many blocks one thread takes at a time, in a call that works on so many bytes."""
+        elements = PIECE_ELEMENTS
+        if self.elements > PIECE_ELEMENTS:
+            least = min(PIECE_ELEMENTS, PIECE_BYTES // self.element_bytes)
+            most = max(PIECE_BYTES_MAX, call_bytes // MAX_PIECES) // self.element_bytes
+            elements = max(min(call_bytes // PIECES // self.element_bytes, most), least, _BLOCKS[0])
+        return max(1, -(-elements * self.chunks // max(1, self.elements)))
 
 
 def layout(
@@ -313,12 +326,8 @@ def layout(
     table, places = np.array(rows, np.int64), np.array(offsets, np.int64)
     code, chained = np.array(lines, np.int64), np.array(links or [(0, 0, 0, 0)], np.int64)
     native.Function("brim_vm_prepare", "pppp").bind(header, table, code, chained)()
-    chunks = int(header[_CHUNKS])
-    piece_elements = PIECE_ELEMENTS
-    if size > PIECE_ELEMENTS:
-        piece_elements = max(min(PIECE_ELEMENTS, PIECE_BYTES // sum(itemsizes)), size // MAX_PIECES, _BLOCKS[0])
-    piece_chunks = max(1, -(-piece_elements * chunks // max(1, size)))
-    return Layout(header, table, places, code, chained, tuple(made.only_chained()), chunks, piece_chunks)
+    numbers = int(header[_CHUNKS]), size, sum(itemsizes), bool(header[_SEAMLESS])
+    return Layout(header, table, places, code, chained, tuple(made.only_chained()), *numbers)
 
 
 def _with_chains(made: Lines, ahead: Sequence[int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -330,13 +339,14 @@ def _with_chains(made: Lines, ahead: Sequence[int]) -> tuple[list[tuple[int, ...
         lines.append((*line, count, len(links), 0))
         if not count:
             continue
-        for start, slot in made.chains.streams:
-            if start == n and slot in ahead:
-                links.append((link_codes()["prefetch"], slot, PREFETCH_BYTES, 0))
-        for code, x, y in made.chains.links[first:]:
-            links.append((code, x, y, 0))
-            if code == link_codes()["end"]:
-                break
+        end = next(n for n in range(first, len(made.chains.links)) if made.chains.links[n][0] == link_codes()["end"])
+        streams = [slot for start, slot in made.chains.streams if start == n and slot in ahead]
+        at: dict[int, list[int]] = {}  # spread, because a processor waits for few lines of memory at a time
+        for number, slot in enumerate(streams):
+            at.setdefault(first + number * (end - first) // len(streams), []).append(slot)
+        for number in range(first, end + 1):
+            links += [(link_codes()["prefetch"], slot, PREFETCH_BYTES, 0) for slot in at.get(number, ())]
+            links.append((*made.chains.links[number], 0))
     return lines, links
 
 

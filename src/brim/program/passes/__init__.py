@@ -18,7 +18,7 @@ from brim.program.passes.join_slices import join_slices
 from brim.program.passes.keep_powers import keep_powers
 from brim.program.passes.layout import layout
 from brim.program.passes.schedule import schedule
-from brim.program.passes.side_by_side import side_by_side
+from brim.program.passes.side_by_side import ARRAY_BYTES_MAX, side_by_side
 from brim.program.passes.simplify import simplify
 
 __all__ = ["default_passes"]
@@ -104,5 +104,6 @@ def _joining(
         alignment_bytes=backend.alignment_bytes,
         scratch_bytes=scratch_bytes,
         peak=peak,
+        update_bytes=getattr(backend, "joins_updates", ARRAY_BYTES_MAX),
     )
     return [update_wrapper(joined, side_by_side)]

@@ -35,6 +35,7 @@ def side_by_side(
     alignment_bytes: int = 1,
     scratch_bytes: Callable[[Instruction], int] | None = None,
     peak: Callable[[Program], int] | None = None,
+    update_bytes: int = ARRAY_BYTES_MAX,
 ) -> Program:
     """The program with independent instructions of one formula on small arrays joined; the same results to the bit.
 
@@ -44,6 +45,7 @@ def side_by_side(
         alignment_bytes: every value takes the next multiple of it.
         scratch_bytes: working memory of an instruction; None: none.
         peak: the planned peak of a program in bytes; None: what ``live_bytes`` and the scratch come to.
+        update_bytes: the largest array of an instruction that makes new values of states and nothing else.
 
     Returns:
         a program whose peak is no higher.
@@ -56,7 +58,7 @@ def side_by_side(
         ] + live[len(one.instructions) :]
 
     judge = peak or (lambda one: max(levels(one)))
-    search = _Search(program, levels(program), alignment_bytes)
+    search = _Search(program, levels(program), alignment_bytes, update_bytes)
     made, kept_bytes = search.joined(keeps_bytes)
     if made is program:
         return program
@@ -87,7 +89,7 @@ class _Member:
 
 
 class _Search:
-    def __init__(self, program: Program, levels: Sequence[int], alignment_bytes: int) -> None:
+    def __init__(self, program: Program, levels: Sequence[int], alignment_bytes: int, update_bytes: int) -> None:
         self.program, self.levels = program, np.array(levels, np.int64)
         self.alignment_bytes = alignment_bytes
         self.readers = program.readers()
@@ -96,7 +98,9 @@ class _Search:
         self.candidates: list[tuple[Any, _Member]] = []
         keys = _Keys()
         for n, instruction in enumerate(program.instructions):
-            if not _is_small(instruction) or not is_fusible(instruction):
+            is_update = all(out in self.at_home for out in instruction.outs)
+            largest_bytes = update_bytes if is_update else ARRAY_BYTES_MAX
+            if not _is_small(instruction, largest_bytes) or not is_fusible(instruction):
                 continue
             group = group_of(instruction)
             if (key := keys.of(group)) is not None:
@@ -167,10 +171,10 @@ class _Search:
         return self.program.with_instructions(made)
 
 
-def _is_small(instruction: Instruction) -> bool:
+def _is_small(instruction: Instruction, largest_bytes: int) -> bool:
     """True when its outputs are row-major and small, and its inputs are laid out as they are, or have one element."""
     outs = instruction.outs
-    if not outs or not all(out.spec.contiguous and 0 < out.nbytes <= ARRAY_BYTES_MAX for out in outs):
+    if not outs or not all(out.spec.contiguous and 0 < out.nbytes <= largest_bytes for out in outs):
         return False
     return all(ref.spec.contiguous and ref.spec.size in (1, outs[0].spec.size) for ref in instruction.refs)
 
