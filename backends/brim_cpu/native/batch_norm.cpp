@@ -2,7 +2,8 @@
 //
 // A channel is gone over twice: once for its moments, once to write, the second time from the caches where it fits. Few
 // channels are cut into groups of images.
-#include "moments.hpp"
+#include "columns.hpp"
+#include "half.hpp"
 #include "team.hpp"
 
 using namespace brim;
@@ -10,6 +11,8 @@ using namespace brim;
 namespace {
 
 constexpr i64 kFewChannels = 8, kGathered = 2048, kPageBytes = 4096;
+constexpr i64 kAhead = 8;          // images whose short runs are asked for early
+constexpr i64 kSmallImage = 128;   // pixels
 
 // How the work is cut, by shape alone.
 struct Cut {
@@ -33,8 +36,10 @@ const T* gather(T* block, const T* x, const Cut& cut, i64 c, i64 first, i64 imag
         if (nbytes <= kPageBytes) prefetch(from, nbytes, cut.C * nbytes);
         return from;
     }
-    for (i64 n = 0; n < images; n++, from += cut.C * cut.S)
+    for (i64 n = 0; n < images; n++, from += cut.C * cut.S) {
+        prefetch(from, cut.S * i64(sizeof(T)), kAhead * cut.C * cut.S * i64(sizeof(T)));
         std::memcpy(block + n * cut.S, from, size_t(cut.S) * sizeof(T));
+    }
     return block;
 }
 
@@ -55,6 +60,8 @@ template <class T>
 void write_channel(T* out, const T* x, const Cut& cut, i64 c, Range images, T mean, T scale, T bias, bool streamed) {
     for (i64 n = images.end - 1; n >= images.begin; n--) {  // what was read last is in the caches still
         const i64 at = (n * cut.C + c) * cut.S;
+        if (!streamed)
+            for (i64 k = 0; k < cut.S; k += 64 / i64(sizeof(T))) __builtin_prefetch(out + at - kAhead * cut.C * cut.S + k, 1);
         write_run(out + at, cut.S, streamed, [=](T* to, i64 begin, i64 count) {
             const T* from = x + at + begin;
             BRIM_INDEPENDENT
@@ -124,6 +131,8 @@ void write_channel_grad(T* out, const T* g, const T* x, const Cut& cut, i64 c, R
                         T slope, bool streamed) {
     for (i64 n = images.end - 1; n >= images.begin; n--) {  // what was read last is in the caches still
         const i64 at = (n * cut.C + c) * cut.S;
+        if (!streamed)
+            for (i64 k = 0; k < cut.S; k += 64 / i64(sizeof(T))) __builtin_prefetch(out + at - kAhead * cut.C * cut.S + k, 1);
         write_run(out + at, cut.S, streamed, [=](T* to, i64 begin, i64 count) {
             const T *gradient = g + at + begin, *from = x + at + begin;
             BRIM_INDEPENDENT
@@ -174,6 +183,164 @@ void batch_norm_grad(T* out, T* of_weight, T* of_bias, Slopes* parts, const T* g
     for (i64 c = 0; c < cut.C; c++) finish(c, parts[c * groups]);
 }
 
+// Small images, and half width: as the columns of a table with a row for each image, some channels' at a time, kTile
+// columns side by side. All rows of a piece stay in the caches while it is gone over.
+struct Tiles {
+    Cut cut;
+    Table table() const { return {cut.N, cut.C * cut.S}; }
+    // Enough columns for long loops; no more than make some pieces.
+    i64 channels() const {
+        const i64 most = kTile / cut.S, least = ceil_div(kTile / 4, cut.S);
+        return std::max<i64>(1, std::max(least, std::min(most, cut.C / 16)));
+    }
+};
+
+// body(columns) for the channels [first, end), kTile columns at a time.
+template <class F>
+void over_columns(const Cut& cut, i64 first, i64 end, const F& body) {
+    for (i64 at = first * cut.S; at < end * cut.S; at += kTile) body(Range{at, std::min(at + kTile, end * cut.S)});
+}
+
+// body(channel, first column of it, end of them) for the channels of some columns, which count from 0.
+template <class F>
+void over_channels(const Cut& cut, Range columns, const F& body) {
+    for (i64 at = columns.begin; at < columns.end;) {
+        const i64 c = at / cut.S, end = std::min((c + 1) * cut.S, columns.end);
+        body(c, at - columns.begin, end - columns.begin);
+        at = end;
+    }
+}
+
+// A value of each channel for each of the columns.
+template <class T, class F>
+void spread_out(T* values, const Cut& cut, Range columns, const F& value) {
+    over_channels(cut, columns, [&](i64 c, i64 begin, i64 end) {
+        const T v = value(c);
+        for (i64 j = begin; j < end; j++) values[j] = v;
+    });
+    repeat(values, columns.end - columns.begin, Table{cut.N, cut.C * cut.S});
+}
+
+template <class T, class Stored>
+void tiled_norm(Stored* out, T* means, T* vars, const Stored* x, Values<T> weight, Values<T> bias, Tiles tiles, T eps) {
+    const Cut cut = tiles.cut;
+    const Table table = tiles.table();
+    const Range rows{0, cut.N};
+    const double numbers = double(cut.N * cut.S);
+    const bool streamed = is_streamed<Stored>(cut.N * cut.C * cut.S, tiles.channels() * cut.S);
+    parallel_ranges(cut.C, tiles.channels(), [=](i64 first, i64 end) {
+        double offs[kTile] = {}, squares[kTile] = {};  // by channel of the piece
+        over_columns(cut, first, end, [&](Range columns) {
+            double totals[1][kTile];
+            add_rows<1, T>(totals, table, rows, columns, [=](T(&sums)[1][kTile], i64 at, i64 count) {
+                const Stored* from = x + at;
+                prefetch(from, count * i64(sizeof(Stored)), table.columns * i64(sizeof(Stored)));
+                for (i64 j = 0; j < count; j++) sums[0][j] += T(from[j]);
+            });
+            over_channels(cut, columns, [&](i64 c, i64 begin, i64 end) {
+                for (i64 j = begin; j < end; j++) offs[c - first] += totals[0][j];
+            });
+        });
+        for (i64 c = first; c < end; c++) means[c] = T(offs[c - first] / numbers), offs[c - first] = 0;
+        over_columns(cut, first, end, [&](Range columns) {
+            double totals[2][kTile];
+            T centres[kTile];
+            spread_out(centres, cut, columns, [=](i64 c) { return means[c]; });
+            const T* mean = centres;
+            add_rows<2, T>(totals, table, rows, columns, [=](T(&sums)[2][kTile], i64 at, i64 count) {
+                const Stored* from = x + at;
+                BRIM_INDEPENDENT
+                for (i64 j = 0; j < count; j++) {
+                    const T apart = T(from[j]) - mean[j];
+                    sums[0][j] += apart;
+                    sums[1][j] += apart * apart;
+                }
+            });
+            over_channels(cut, columns, [&](i64 c, i64 begin, i64 end) {
+                for (i64 j = begin; j < end; j++) offs[c - first] += totals[0][j], squares[c - first] += totals[1][j];
+            });
+        });
+        for (i64 c = first; c < end; c++) {
+            const Moments all = corrected(means[c], offs[c - first], squares[c - first], numbers);
+            means[c] = T(all.mean), vars[c] = T(all.m2 / numbers);
+        }
+        over_columns(cut, first, end, [&](Range columns) {
+            T centres[kTile], scales[kTile], shifts[kTile];
+            spread_out(centres, cut, columns, [=](i64 c) { return means[c]; });
+            spread_out(scales, cut, columns, [=](i64 c) { return T(1) / std::sqrt(vars[c] + eps) * weight[c]; });
+            spread_out(shifts, cut, columns, [=](i64 c) { return bias[c]; });
+            const T *mean = centres, *scale = scales, *shift = shifts;
+            write_rows(out, table, rows, columns, streamed, [=](Stored* to, i64 at, i64 column, i64 count) {
+                const Stored* from = x + at;
+                const T *m = mean + column, *s = scale + column, *b = shift + column;
+                BRIM_INDEPENDENT
+                for (i64 j = 0; j < count; j++) to[j] = Stored(fma_(T(from[j]) - m[j], s[j], b[j]));
+            });
+        });
+    });
+}
+
+template <class T, class Stored>
+void tiled_norm_grad(Stored* out, T* of_weight, T* of_bias, const Stored* g, const Stored* x, Values<T> weight,
+                     const T* means, const T* vars, Tiles tiles, T eps) {
+    const Cut cut = tiles.cut;
+    const Table table = tiles.table();
+    const Range rows{0, cut.N};
+    const double share = 1.0 / double(cut.N * cut.S);
+    const bool streamed = is_streamed<Stored>(cut.N * cut.C * cut.S, tiles.channels() * cut.S);
+    parallel_ranges(cut.C, tiles.channels(), [=](i64 first, i64 end) {
+        double level_sums[kTile] = {}, slope_sums[kTile] = {};  // by channel of the piece
+        over_columns(cut, first, end, [&](Range columns) {
+            double totals[2][kTile];
+            T centres[kTile];
+            spread_out(centres, cut, columns, [=](i64 c) { return means[c]; });
+            const T* mean = centres;
+            add_rows<2, T>(totals, table, rows, columns, [=](T(&sums)[2][kTile], i64 at, i64 count) {
+                const Stored *gradient = g + at, *from = x + at;
+                prefetch(gradient, count * i64(sizeof(Stored)), table.columns * i64(sizeof(Stored)));
+                prefetch(from, count * i64(sizeof(Stored)), table.columns * i64(sizeof(Stored)));
+                BRIM_INDEPENDENT
+                for (i64 j = 0; j < count; j++) {
+                    sums[0][j] += T(gradient[j]);
+                    sums[1][j] += T(gradient[j]) * (T(from[j]) - mean[j]);
+                }
+            });
+            over_channels(cut, columns, [&](i64 c, i64 begin, i64 end) {
+                for (i64 j = begin; j < end; j++)
+                    level_sums[c - first] += totals[0][j], slope_sums[c - first] += totals[1][j];
+            });
+        });
+        const auto rstd = [=](i64 c) { return T(1) / std::sqrt(vars[c] + eps); };
+        const double *levels = level_sums, *slopes = slope_sums;
+        over_columns(cut, first, end, [&](Range columns) {
+            T centres[kTile], scales[kTile], level[kTile], slope[kTile];
+            spread_out(centres, cut, columns, [=](i64 c) { return means[c]; });
+            spread_out(scales, cut, columns, [=](i64 c) { return rstd(c) * weight[c]; });
+            spread_out(level, cut, columns, [=](i64 c) { return T(levels[c - first] * share); });
+            spread_out(slope, cut, columns, [=](i64 c) {
+                return T(slopes[c - first] * share * double(rstd(c)) * double(rstd(c)));
+            });
+            const T *mean = centres, *scale = scales, *all_level = level, *all_slope = slope;
+            write_rows(out, table, rows, columns, streamed, [=](Stored* to, i64 at, i64 column, i64 count) {
+                const Stored *gradient = g + at, *from = x + at;
+                const T *m = mean + column, *s = scale + column, *l = all_level + column, *k = all_slope + column;
+                BRIM_INDEPENDENT
+                for (i64 j = 0; j < count; j++)
+                    to[j] = Stored((T(gradient[j]) - fma_(T(from[j]) - m[j], k[j], l[j])) * s[j]);
+            });
+        });
+        // Last, because the gradient of the weight may lie where the weight does.
+        for (i64 c = first; c < end; c++)
+            of_weight[c] = T(slopes[c - first] * double(rstd(c))), of_bias[c] = T(levels[c - first]);
+    });
+}
+
+// Which way numbers of a type are gone over: runs along each channel take less time where they are long.
+template <class Stored>
+bool in_tiles(const Cut& cut) {
+    return sizeof(Stored) == 2 || (cut.S <= kSmallImage && cut.C >= kFewChannels);
+}
+
 }  // namespace
 
 // Bytes of `parts`, in out[0].
@@ -182,18 +349,40 @@ BRIM_EXPORT void brim_batch_norm_scratch(i64* out, i64 N, i64 C, i64 S) {
     out[0] = groups == 1 ? 0 : C * groups * i64(sizeof(Moments));
 }
 
+// T: of means, weights and their gradients; S: of images.
 #define BRIM_BATCH_NORM(T, name) \
     BRIM_EXPORT void brim_batch_norm_##name(T* out, T* means, T* vars, void* parts, const T* x, const T* \
         weight, double weight_value, const T* bias, double bias_value, i64 N, i64 C, i64 S, double eps) { \
-        batch_norm<T>(out, means, vars, static_cast<Moments*>(parts), x, {weight, T(weight_value)}, {bias, \
-            T(bias_value)}, {N, C, S}, T(eps)); \
+        const Values<T> scale{weight, T(weight_value)}, shift{bias, T(bias_value)}; \
+        const Cut cut{N, C, S}; \
+        if (in_tiles<T>(cut)) return tiled_norm<T, T>(out, means, vars, x, scale, shift, {cut}, T(eps)); \
+        batch_norm<T>(out, means, vars, static_cast<Moments*>(parts), x, scale, shift, cut, T(eps)); \
     } \
     BRIM_EXPORT void brim_batch_norm_grad_##name(T* out, T* of_weight, T* of_bias, void* parts, const T* g, \
         const T* x, const T* weight, double weight_value, const T* means, const T* vars, i64 N, i64 C, i64 S, \
         double eps) { \
-        batch_norm_grad<T>(out, of_weight, of_bias, static_cast<Slopes*>(parts), g, x, {weight, \
-            T(weight_value)}, means, vars, {N, C, S}, T(eps)); \
+        const Values<T> scale{weight, T(weight_value)}; \
+        const Cut cut{N, C, S}; \
+        if (in_tiles<T>(cut)) \
+            return tiled_norm_grad<T, T>(out, of_weight, of_bias, g, x, scale, means, vars, {cut}, T(eps)); \
+        batch_norm_grad<T>(out, of_weight, of_bias, static_cast<Slopes*>(parts), g, x, scale, means, vars, cut, \
+            T(eps)); \
+    }
+
+#define BRIM_BATCH_NORM_HALF(S, name) \
+    BRIM_EXPORT void brim_batch_norm_##name(S* out, float* means, float* vars, void*, const S* x, const float* \
+        weight, double weight_value, const float* bias, double bias_value, i64 N, i64 C, i64 pixels, double eps) { \
+        tiled_norm<float, S>(out, means, vars, x, {weight, float(weight_value)}, {bias, float(bias_value)}, {{N, C, \
+            pixels}}, float(eps)); \
+    } \
+    BRIM_EXPORT void brim_batch_norm_grad_##name(S* out, float* of_weight, float* of_bias, void*, const S* g, \
+        const S* x, const float* weight, double weight_value, const float* means, const float* vars, i64 N, i64 C, \
+        i64 pixels, double eps) { \
+        tiled_norm_grad<float, S>(out, of_weight, of_bias, g, x, {weight, float(weight_value)}, means, vars, {{N, C, \
+            pixels}}, float(eps)); \
     }
 
 BRIM_BATCH_NORM(float, f32)
 BRIM_BATCH_NORM(double, f64)
+BRIM_BATCH_NORM_HALF(Half<Float16>, f16)
+BRIM_BATCH_NORM_HALF(Half<BFloat16>, bf16)

@@ -35,4 +35,13 @@ struct Float16 {
     }
 };
 
+// An element of an array of Kind, which loops read and write as float.
+template <class Kind>
+struct Half {
+    std::uint16_t bits;
+    Half() = default;
+    explicit Half(float x) : bits(Kind::narrow(x)) {}
+    explicit operator float() const { return Kind::widen(bits); }
+};
+
 }  // namespace brim

@@ -1,4 +1,5 @@
-"""Batch norm and layer norm of float32 and float64, and all three gradients of each together.
+"""Batch norm and layer norm of float32 and float64, and all three gradients of each together; batch norm of half width,
+which is read as float32.
 
 Images are taken row-major or channels-last, as they lie; anything else is copied first.
 """
@@ -11,15 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from brim.spec import Spec
+from brim.spec import DTYPES, Spec
+from brim_cpu.blocks import carve, carve_bytes
 from brim_cpu.native import Function
-from brim_cpu.overlay import NativeKernel, overlay
+from brim_cpu.overlay import NativeKernel, overlay, overlay_half
+from brim_cpu.overlay.half import converted
 
 _TYPES: dict[np.dtype[Any], str] = {np.dtype("float32"): "f32", np.dtype("float64"): "f64"}
+_HALVES: dict[np.dtype[Any], str] = {DTYPES["float16"]: "f16", DTYPES["bfloat16"]: "bf16"}
+_WIDE = np.dtype("float32")
 
 
 def _functions(name: str, signature: str) -> dict[np.dtype[Any], Function]:
-    return {dtype: Function(f"brim_{name}_{short}", signature) for dtype, short in _TYPES.items()}
+    types = _TYPES if name.startswith("layer") else _TYPES | _HALVES
+    return {dtype: Function(f"brim_{name}_{short}", signature) for dtype, short in types.items()}
 
 
 _IMAGES = _functions("batch_norm", "pppppp" + "d" + "p" + "d" + "iiid")
@@ -123,6 +129,68 @@ def batch_norm_grad(ins: Sequence[Any], outs: Sequence[Spec], *, eps: float) -> 
         return bind(*out, scratch, g, x, *_value(weight), mean, var)
 
     return NativeKernel(calls, nbytes, contiguous, aliasing=True)
+
+
+def _half_images(images: Sequence[Spec], vectors: Sequence[Any]) -> bool:
+    """Whether these are images of one half-width dtype, with one float or number for each channel in each vector."""
+    kinds = {x.dtype for x in images}
+    fit = all(v.dtype in (*kinds, _WIDE) for v in vectors if isinstance(v, Spec))
+    return len(kinds) == 1 and kinds <= set(_HALVES) and fit and _of_size(vectors, images[0].shape[1])
+
+
+class _Widened:
+    """Vectors of half width as float32 in scratch: those that are read, then those that are written."""
+
+    def __init__(self, vectors: Sequence[Any]) -> None:
+        self.halves = [isinstance(v, Spec) and v.dtype != _WIDE for v in vectors]
+        self.parts = [((v.size,), _WIDE) for v, half in zip(vectors, self.halves, strict=True) if half]
+
+    def arrays(self, scratch: Any, start: int, vectors: Sequence[Any]) -> list[Any]:
+        """What the kernel takes for these vectors; scratch from byte ``start`` on is theirs."""
+        room = iter(carve(scratch[start:], *self.parts) if self.parts else ())
+        return [next(room) if half else v for v, half in zip(vectors, self.halves, strict=True)]
+
+
+@overlay_half("batch_norm")
+def half_batch_norm(ins: Sequence[Any], outs: Sequence[Spec], *, eps: float) -> NativeKernel | None:
+    """Of float16 and bfloat16; mean and variance are float32."""
+    x, weight, bias = ins
+    out = outs[0]
+    if not x.size or not _half_images([x, out], (weight, bias)) or any(v.dtype != _WIDE for v in outs[1:]):
+        return None
+    if not (out.contiguous or (_channels_last(x) and _channels_last(out))):
+        return None
+    bind, nbytes, contiguous = _image_kernel([x, out], 2, _IMAGES, _COLUMNS, eps)
+    widened = _Widened((weight, bias))
+
+    def calls(out: Any, x: Any, *vectors: Any, scratch: Any = None) -> list[Any]:
+        wide = widened.arrays(scratch, nbytes, vectors)
+        made = [converted(to, v) for to, v in zip(wide, vectors, strict=True) if to is not v]
+        return [*made, *bind(*out, scratch, x, *_value(wide[0]), *_value(wide[1]))]
+
+    return NativeKernel(calls, nbytes + carve_bytes(*widened.parts), contiguous)
+
+
+@overlay_half("batch_norm_grad")
+def half_batch_norm_grad(ins: Sequence[Any], outs: Sequence[Spec], *, eps: float) -> NativeKernel | None:
+    """Of float16 and bfloat16."""
+    g, x, weight, mean, var = ins
+    out = outs[0]
+    if not x.size or g.shape != x.shape or not _half_images([g, x, out], (weight, mean, var, *outs[1:])):
+        return None
+    if not (out.contiguous or all(map(_channels_last, (g, x, out)))):
+        return None
+    bind, nbytes, contiguous = _image_kernel([g, x, out], 3, _IMAGES_GRAD, _COLUMNS_GRAD, eps)
+    widened = _Widened((weight, mean, var, *outs[1:]))
+
+    def calls(out: Any, g: Any, x: Any, *vectors: Any, scratch: Any = None) -> list[Any]:
+        everything = (*vectors, *out[1:])
+        wide = widened.arrays(scratch, nbytes, everything)
+        before = [converted(to, v) for to, v in zip(wide[:3], vectors, strict=True) if to is not v]
+        after = [converted(v, to) for to, v in zip(wide[3:], out[1:], strict=True) if to is not v]
+        return [*before, *bind(out[0], *wide[3:], scratch, g, x, *_value(wide[0]), *wide[1:3]), *after]
+
+    return NativeKernel(calls, nbytes + carve_bytes(*widened.parts), contiguous)
 
 
 # ------------------------------------------------------------------------------------------------------- layer norm
