@@ -5,7 +5,8 @@
 
 namespace brim {
 
-// e^x for x <= 0 within 1 unit in the last place; NaN for NaN; where it would be denormal the scalar gives 0.
+// e^x for x <= 0 within 1 unit in the last place (1.1 without a fused multiply-add); NaN for NaN; where it would be
+// denormal the scalar gives 0.
 inline float exp_below(float x) {
     constexpr float least = -87.33654f;  // its power is the smallest normal number
     const float limited = x < least ? least : x;

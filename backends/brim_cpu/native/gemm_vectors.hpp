@@ -44,7 +44,7 @@ inline void store(T* to, typename Wide<T>::Vector v) {
 template <class T>
 inline typename Wide<T>::Vector multiply_add(typename Wide<T>::Vector a, typename Wide<T>::Vector b,
                                              typename Wide<T>::Vector c) {
-#if defined(__AVX512F__) || (defined(__AVX__) && defined(__FMA__))
+#if defined(__AVX512F__) || (defined(__AVX__) && defined(__FMA__)) || defined(__aarch64__)
     using V = typename Wide<T>::Vector;
 #endif
 #if defined(__AVX512F__)
@@ -53,6 +53,9 @@ inline typename Wide<T>::Vector multiply_add(typename Wide<T>::Vector a, typenam
 #elif defined(__AVX__) && defined(__FMA__)
     if constexpr (sizeof(T) == 4) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
     else return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+    if constexpr (sizeof(T) == 4) return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+    else return (V)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
     return c + a * b;
 #endif

@@ -37,7 +37,7 @@ inline Floats fma_(Floats a, Floats b, Floats c) {
 #elif defined(__FMA__)
     return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
 #elif defined(__aarch64__)
-    return Floats{fma_(a[0], b[0], c[0]), fma_(a[1], b[1], c[1]), fma_(a[2], b[2], c[2]), fma_(a[3], b[3], c[3])};
+    return Floats(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
 #else
     return a * b + c;
 #endif

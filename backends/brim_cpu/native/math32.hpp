@@ -48,7 +48,7 @@ inline float log32(float x) {
     tail = fma_(square, -0.5f, tail);
     const float result = fma_(e, 0.693359375f, f + tail);
     const float special = x == 0.0f ? -__builtin_inff() : x > 0.0f ? x : __builtin_nanf("");  // infinity, negative, NaN
-    return (x > 0.0f) & (x < __builtin_inff()) ? result : special;
+    return ((x > 0.0f) & (x < __builtin_inff())) ? result : special;
 }
 
 inline float tanh32(float x) {

@@ -52,13 +52,13 @@ inline double log64(double x) {
     const double series = poly(z, 2.0, 2.0 / 3, 2.0 / 5, 2.0 / 7, 2.0 / 9, 2.0 / 11, 2.0 / 13, 2.0 / 15);
     const double result = fma_(e, kLn2, s * series);
     const double special = x == 0.0 ? -kInfinity : x > 0.0 ? x : __builtin_nan("");
-    return (x > 0.0) & (x < kInfinity) ? result : special;
+    return ((x > 0.0) & (x < kInfinity)) ? result : special;
 }
 
 inline double log1p_64(double x) {
     const double u = 1.0 + x, lost = (x - (u - 1.0)) / u;
     const double result = log64(u);
-    return (u > 0.0) & (u < kInfinity) ? result + lost : result;
+    return ((u > 0.0) & (u < kInfinity)) ? result + lost : result;
 }
 
 // atan(x) for x >= 0, infinity included
@@ -127,10 +127,10 @@ inline double pow64(double x, double y) {
     const double power = exp64(y * log64(size));
     const double value = size == 1.0 ? 1.0 : power;
     const bool negative = bits_as<u64>(x) >> 63;
-    const double side = negative & is_odd ? -value : value;
+    const double side = (negative & is_odd) ? -value : value;
     // A negative number to a power that is not whole; zero and infinity have powers.
-    const double result = (x < 0.0) & !is_whole & (size < kInfinity) ? __builtin_nan("") : side;
-    return (y == 0.0) | (x == 1.0) ? 1.0 : (x != x) | (y != y) ? x + y : result;
+    const double result = ((x < 0.0) & !is_whole & (size < kInfinity)) ? __builtin_nan("") : side;
+    return ((y == 0.0) | (x == 1.0)) ? 1.0 : ((x != x) | (y != y)) ? x + y : result;
 }
 
 }  // namespace brim

@@ -9,7 +9,7 @@ namespace {
 
 using u128 = unsigned __int128;
 
-constexpr int kRounds = 10, kBlocksAtOnce = kWordsAtOnce / kDrawsPerBlock;
+constexpr int kRounds = 10;
 constexpr u64 kFactor0 = 0xD2E7470EE14C6C93, kFactor2 = 0xCA5A826395121157;
 constexpr u64 kStep0 = 0x9E3779B97F4A7C15, kStep1 = 0xBB67AE8584CAA73B;
 
@@ -47,7 +47,7 @@ void one_block(u64 words[4], const Draw& draw, u64 block) {
 #endif
 
 typedef u64 Words __attribute__((vector_size(64)));
-constexpr int kVectors = kBlocksAtOnce / 8;  // so many side by side hide the latency of a product
+constexpr int kVectors = kWordsAtOnce / kDrawsPerBlock / 8;  // so many side by side hide the latency of a product
 
 inline Words spread(u64 value) { return Words(_mm512_set1_epi64(i64(value))); }
 

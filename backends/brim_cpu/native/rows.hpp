@@ -100,7 +100,7 @@ struct Larger {
     static constexpr T start() { return T(-__builtin_inf()); }
     template <class V>
     static V of(V a, V b) {
-        return (b > a) | (b != b) ? b : a;
+        return ((b > a) | (b != b)) ? b : a;
     }
 };
 
@@ -110,7 +110,7 @@ struct Smaller {
     static constexpr T start() { return T(__builtin_inf()); }
     template <class V>
     static V of(V a, V b) {
-        return (b < a) | (b != b) ? b : a;
+        return ((b < a) | (b != b)) ? b : a;
     }
 };
 

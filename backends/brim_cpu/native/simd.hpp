@@ -7,10 +7,13 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // A loop whose iterations are independent, although the compiler cannot know it.
 #if defined(__clang__)
+#pragma clang diagnostic ignored "-Wpass-failed"  // it warns of a loop it does not vectorise, around a call for example
 #define BRIM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define BRIM_INDEPENDENT _Pragma("GCC ivdep")

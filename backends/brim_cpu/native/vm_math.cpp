@@ -49,7 +49,7 @@ struct Atan2 {
         const double a = __builtin_fabs(double(y)), b = __builtin_fabs(double(x));
         const double ratio = a == b ? (a == 0.0 ? 0.0 : 1.0) : a / b;  // also of two zeros, of two infinities
         const double angle = atan64(ratio), turned = bits_as<u32>(x) >> 31 ? kPi - angle : angle;
-        return float((x != x) | (y != y) ? double(x) + double(y) : __builtin_copysign(turned, double(y)));
+        return float(((x != x) | (y != y)) ? double(x) + double(y) : __builtin_copysign(turned, double(y)));
     }
 };
 
@@ -57,7 +57,7 @@ struct LogAddExp {
     static float of(float x, float y) {
         const double a = x, b = y, larger = a > b ? a : b, apart = __builtin_fabs(a - b);
         const double sum = larger + log1p_64(exp64(-apart));
-        return float(a == b ? a + kLn2 : (a != a) | (b != b) ? a + b : sum);
+        return float(a == b ? a + kLn2 : ((a != a) | (b != b)) ? a + b : sum);
     }
 };
 
