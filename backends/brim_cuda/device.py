@@ -113,7 +113,7 @@ class CudaBackend:
     stages_inputs = True
     """The inputs of a step are copied while the step before runs, where there is memory for a second set of them."""
 
-    prefers_channels_last = frozenset(("conv2d", "conv2d_grad_input", "conv2d_grad_weight"))
+    prefers_channels_last = CONVOLUTIONS
     """Their products are over all images then, and tensor cores read channels side by side."""
 
     joins_side_by_side = 4 << 20
@@ -137,16 +137,11 @@ class CudaBackend:
         """cuDNN, where it is used."""
         return self.machine.loader.dnn()
 
-    @property
-    def prefers_channels_last(self) -> frozenset[str]:
-        """Convolutions by cuDNN, whose tensor cores read images in this order; it would turn others in its scratch."""
-        return CONVOLUTIONS if self.dnn() is not None else frozenset()
-
     def gains_channels_last(
         self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
     ) -> bool:
-        """Those that run on tensor cores: of half-width floats, and of float32 in TF32."""
-        return outs[0].dtype.itemsize == 2 or bool(params.get("tf32", False))
+        """All of cuBLASLt's; of cuDNN's those that run on tensor cores: of half-width floats, and of float32 in TF32."""
+        return self.dnn() is None or outs[0].dtype.itemsize == 2 or bool(params.get("tf32", False))
 
     def feed(self, pairs: Sequence[tuple[Any, Any]], stage: Any = None, generation: int = 0) -> None:
         """Copy the inputs of a step in; nothing is waited for that was launched before.
