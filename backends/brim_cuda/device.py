@@ -140,7 +140,7 @@ class CudaBackend:
     def gains_channels_last(
         self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
     ) -> bool:
-        """All of cuBLASLt's; of cuDNN's those that run on tensor cores: of half-width floats, and of float32 in TF32."""
+        """All of cuBLASLt's; of cuDNN's those on tensor cores: of half-width floats, and of float32 in TF32."""
         return self.dnn() is None or outs[0].dtype.itemsize == 2 or bool(params.get("tf32", False))
 
     def feed(self, pairs: Sequence[tuple[Any, Any]], stage: Any = None, generation: int = 0) -> None:
