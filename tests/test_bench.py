@@ -339,10 +339,14 @@ def test_the_better_of_two_measurements() -> None:
     slower = json.loads(json.dumps(LIMITS))
     slower["flops_per_s"] /= 2
     slower["memory"][1]["bytes_per_s"] *= 3
-    best = limits.best_of(LIMITS, slower)
+    faster = {"flops_by_threads": {"1": 5e10, "2": 1e11}, "blas_flops_per_s": 8e10}
+    slower |= {"flops_by_threads": {"1": 6e10, "2": 9e10}, "blas_flops_per_s": 7e10}
+    best = limits.best_of(LIMITS | faster, slower)
     assert best["flops_per_s"] == LIMITS["flops_per_s"]
+    assert best["flops_by_threads"] == {"1": 6e10, "2": 1e11}
+    assert best["blas_flops_per_s"] == 8e10
     assert [one["bytes_per_s"] for one in best["memory"]] == [1e11, 3e10]
-    assert limits.best_of(slower, LIMITS) == best
+    assert limits.best_of(slower, LIMITS | faster) == best
 
 
 def test_cache_sizes(tmp_path: Path) -> None:

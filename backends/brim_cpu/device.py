@@ -27,6 +27,7 @@ from brim_cpu.fused_norms import FUSED_NORMS, bind_fused_norm
 from brim_cpu.overlay import bind_native
 from brim_cpu.overlay import elementwise as overlay
 from brim_cpu.overlay.index import gather_rows
+from brim_cpu.peak import register_rate
 from brim_cpu.registry import KERNELS
 
 __all__ = ["CpuBackend"]
@@ -136,6 +137,10 @@ class CpuBackend:
     def get_threads(self) -> int:
         """How many threads native kernels run on."""
         return native.get_threads()
+
+    def register_rate(self, seconds: float) -> float | None:
+        """The most float32 operations a second in registers; see ``brim_cpu.peak.register_rate``."""
+        return register_rate(seconds)
 
     def gather_rows(self, source: Array, indices: Array, out: Array, on_team: bool = True) -> None:
         """``out[i] = source[indices[i]]`` for rows of host arrays; see ``brim_cpu.overlay.index.gather_rows``."""

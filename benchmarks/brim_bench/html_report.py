@@ -185,6 +185,8 @@ def _limits(limits: Mapping[str, Any] | None) -> str:
     if limits is None:
         return "<p>not measured</p>"
     rows = [["arithmetic", rate(limits["flops_per_s"]), _escape(limits["flops_how"])]]
+    if "blas_flops_per_s" in limits:
+        rows.append(["matrix products", rate(limits["blas_flops_per_s"]), "float32, through NumPy's BLAS"])
     rows += [
         [_escape(one["level"]), f"{one['bytes_per_s'] / 1e9:,.1f} GB/s", _escape(limits["memory_how"])]
         for one in limits["memory"]

@@ -2,12 +2,13 @@
 
     python -m brim_bench.limits [--device cpu] [--threads 2] [--seconds 0.3]
 
-CPU. *Arithmetic*: the best rate of float32 matrix products through NumPy's BLAS over several sizes; the processor's own
-peak is a little higher (a good BLAS reaches 90 to 95 %). *Memory*: ``c = a + b`` by one process a thread, each on
+CPU. *Arithmetic*: float32 multiplications and additions in registers alone (``arithmetic.py``), and beside them the
+best rate of matrix products through NumPy's BLAS over several sizes, which is the limit where brim has no native
+library; the processor's own peak is then higher. *Memory*: ``c = a + b`` by one process a thread, each on
 arrays of its own that lie in one level of the caches; three arrays' bytes are counted, as STREAM does (McCalpin 1995).
 *Page faults*: the first touch of fresh memory, page by page.
 
-brim is imported for other devices only: nothing of it runs while the CPU is measured.
+Of brim nothing but that loop in registers runs while the CPU is measured.
 
 Another device: the best rate of brim's matrix products, and of ``x + 1`` on an array much larger than its caches.
 """
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from brim_bench.arithmetic import register_rates
 from brim_bench.caches import read_caches
 from brim_bench.players import environment_with_threads
 from brim_bench.workload import Workload
@@ -61,15 +63,22 @@ def measure(device: str, threads: int, seconds: float) -> dict[str, Any]:
 
     Returns:
         "device", "threads"; "flops_per_s" with "flops_how"; "memory", a list of levels from the fastest, each with
-        "level", "holds_bytes" (None: everything) and "bytes_per_s"; on the CPU "page_bytes" and "fault_bytes_per_s".
+        "level", "holds_bytes" (None: everything) and "bytes_per_s"; on the CPU "page_bytes" and
+        "fault_bytes_per_s", the BLAS's "blas_flops_per_s", and "flops_by_threads" as far as known.
     """
     if device.partition(":")[0] != "cpu":
         return _measure_device(device, seconds)
+    rates, blas = register_rates(threads, seconds), _blas_rate(seconds)
+    how = "float32 multiplications and additions in registers"
+    if not rates:
+        how = "float32 matrix products through NumPy's BLAS (no native library; the processor's peak is higher)"
     return {
         "device": device,
         "threads": threads,
-        "flops_per_s": _blas_rate(seconds),
-        "flops_how": "float32 matrix products through NumPy's BLAS",
+        "flops_per_s": rates.get(threads, blas),
+        "flops_how": how,
+        "flops_by_threads": {str(count): rate for count, rate in rates.items()},
+        "blas_flops_per_s": blas,
         "memory": _memory_levels(threads, seconds),
         "memory_how": "c = a + b, one process a thread, three arrays' bytes counted",
         "page_bytes": mmap.PAGESIZE,
@@ -81,13 +90,12 @@ def measure(device: str, threads: int, seconds: float) -> dict[str, Any]:
 def best_of(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """Of two measurements of one device the better figures: what a machine could do once is no more than it can."""
     found = dict(a)
-    for key in ("flops_per_s", "fault_bytes_per_s"):
+    for key in ("flops_per_s", "blas_flops_per_s", "fault_bytes_per_s"):
         if key in a:
             found[key] = max(a[key], b[key])
-    if "product_rates" in a:
-        found["product_rates"] = {
-            name: max(rate, b["product_rates"][name]) for name, rate in a["product_rates"].items()
-        }
+    for key in ("product_rates", "flops_by_threads"):
+        if key in a:
+            found[key] = {name: max(rate, b[key][name]) for name, rate in a[key].items()}
     found["memory"] = [
         {**one, "bytes_per_s": max(one["bytes_per_s"], two["bytes_per_s"])}
         for one, two in zip(a["memory"], b["memory"], strict=True)

@@ -136,6 +136,11 @@ def limits_text(limits: Mapping[str, Any]) -> str:
     lines += [f"arithmetic   {rate(limits['flops_per_s'])}   {limits['flops_how']}"]
     for dtype, flops_per_s in limits.get("product_rates", {}).items():
         lines.append(f"  {dtype:<10} {rate(flops_per_s)}   brim's matrix products")
+    for count, flops_per_s in limits.get("flops_by_threads", {}).items():
+        if count != str(limits["threads"]):
+            lines.append(f"  {count + (' thread' if count == '1' else ' threads'):<10} {rate(flops_per_s)}")
+    if "blas_flops_per_s" in limits:
+        lines.append(f"  BLAS       {rate(limits['blas_flops_per_s'])}   float32 matrix products through NumPy's BLAS")
     for level in limits["memory"]:
         holds = "" if level["holds_bytes"] is None else f", up to {format_bytes(level['holds_bytes'])}"
         lines.append(f"{level['level']:<12} {level['bytes_per_s'] / 1e9:,.1f} GB/s   {limits['memory_how']}{holds}")

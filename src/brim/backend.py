@@ -171,7 +171,8 @@ class Backend(Protocol):
     waiting for what was launched before, and ``stages_inputs``, True where that is to go by way of a second set of
     device buffers, the stage: a flat uint8 array of the inputs' bytes, each rounded up to ``alignment_bytes``, which
     is other memory than before when ``generation`` is another number; ``fetcher(array)``, which prepares copies of a
-    small device array to the host: ``start()`` orders one behind what was launched, ``value()`` waits for it; and
+    small device array to the host: ``start()`` orders one behind what was launched, ``value()`` waits for it;
+    ``register_rate(seconds)``, how many float32 operations a second its processors make at most, or None; and
     ``gather_rows(source, indices, out, on_team=True)``, which copies rows of a host array into another one:
     ``out[i] = source[indices[i]]``, on its threads or with the calling one alone.
     """
