@@ -17,6 +17,8 @@ constexpr i64 kTileFloats = 192 * 1024;  // and so many transformed floats, if t
 // there are sums, because all of those are read and written each time.
 constexpr i64 kSumTileFloats = 256 * 1024;
 constexpr i64 kPointers = 128;
+constexpr i64 kTerms = 16;      // whose filters a piece transforms; their places are far apart,
+constexpr i64 kTermsAhead = 2;  // so lines are asked for before they are written
 
 inline i64 rounded(i64 floats) { return (floats + 15) / 16 * 16; }
 
@@ -193,9 +195,9 @@ struct Winograd {
     // Filters as [place][panel][term][column]; backward: turned around, from outputs to inputs.
     void transform_filters(float* to, const float* w, bool backward) const {
         const i64 per_term = backward ? columns * 9 : 9, per_column = backward ? 9 : terms * 9;
-        parallel(ceil_div(terms, 4) * ceil_div(columns, kLanes), [&](i64 which) {
+        parallel(ceil_div(terms, kTerms) * ceil_div(columns, kLanes), [&](i64 which) {
             const i64 column = which % ceil_div(columns, kLanes) * kLanes;
-            const Range range = piece_of(terms, 4, which / ceil_div(columns, kLanes));
+            const Range range = piece_of(terms, kTerms, which / ceil_div(columns, kLanes));
             const i64 first = column / kPanel * kPanel, width = padded(std::min(kPanel, columns - first));
             for (i64 k = range.begin; k < range.end; k++) {
                 float taps[9][kLanes] = {};
@@ -212,6 +214,7 @@ struct Winograd {
                 for (int i = 0; i < A; i++)
                     for (int j = 0; j < A; j++) {
                         const float* f = Transform<F>::kFilter[j];
+                        __builtin_prefetch(into + (i * A + j) * filter_step + kTermsAhead * width, 1);
                         store(into + (i * A + j) * filter_step,
                               f[0] * half[i][0] + f[1] * half[i][1] + f[2] * half[i][2]);
                     }
@@ -398,12 +401,15 @@ struct WinogradSums {
     void collect(i64 which, float* dw, const float* sums) const {
         const i64 column = which % ceil_div(g.O, kLanes) * kLanes;
         const Range range = piece_of(g.C, 4, which / ceil_div(g.O, kLanes));
+        float made[4 * 9][kLanes];  // (input channel, window element) by outputs
         for (i64 k = range.begin; k < range.end; k++) {
             Floats half[3][A];
             for (int j = 0; j < A; j++) {
                 Floats column_sums[A];
                 for (int i = 0; i < A; i++) {
-                    column_sums[i] = load(sums + (i * A + j) * sum_place + k * wide + column);
+                    const float* from = sums + (i * A + j) * sum_place + k * wide + column;
+                    __builtin_prefetch(from + 4 * wide);
+                    column_sums[i] = load(from);
                 }
                 for (int p = 0; p < 3; p++) {
                     half[p][j] = Transform<F>::kFilter[0][p] * column_sums[0];
@@ -412,12 +418,13 @@ struct WinogradSums {
             }
             for (int p = 0; p < 3; p++)
                 for (int q = 0; q < 3; q++) {
-                    Floats made = Transform<F>::kFilter[0][q] * half[p][0];
-                    for (int j = 1; j < A; j++) made += Transform<F>::kFilter[j][q] * half[p][j];
-                    for (i64 c = 0; c < std::min<i64>(kLanes, g.O - column); c++)
-                        dw[((column + c) * g.C + k) * 9 + p * 3 + q] = made[c];
+                    Floats total = Transform<F>::kFilter[0][q] * half[p][0];
+                    for (int j = 1; j < A; j++) total += Transform<F>::kFilter[j][q] * half[p][j];
+                    store(made[(k - range.begin) * 9 + p * 3 + q], total);
                 }
         }
+        turn(dw + (column * g.C + range.begin) * 9, g.C * 9, made[0], kLanes, (range.end - range.begin) * 9,
+             std::min<i64>(kLanes, g.O - column));
     }
 };
 
