@@ -10,7 +10,7 @@
 namespace brim {
 namespace {
 
-constexpr i64 kTiles = 48;               // of a piece at least,
+constexpr i64 kTiles = 64;               // of a piece at least,
 constexpr i64 kMoreTiles = 96;           // at most,
 constexpr i64 kTileFloats = 192 * 1024;  // and so many transformed floats, if that is in between
 // Transformed for the gradient of the weight at a time: so many floats, which the second cache holds, or as many as
