@@ -12,6 +12,7 @@ constexpr i64 kTileFloats = 64 * 1024;  // of x in such a block, where that can 
 constexpr i64 kPieces = 32;             // parts of the images are added until there are so many pieces
 constexpr i64 kSumFloats = 512 * 1024;  // of all parts' sums, but at least one part
 constexpr i64 kChannels = 64;           // input channels of a tile of the weight
+constexpr i64 kTurned = 128;            // rows that are put into the weight's order together
 constexpr i64 kRows = 256;              // rows whose addresses are computed together
 
 struct WeightSums {
@@ -19,6 +20,8 @@ struct WeightSums {
     Images x, out;
     i64 terms, columns, taps;  // terms: input channels of a group; columns: output channels of a group
     i64 blocks, panels, parts;
+    bool picked;        // only the pixels that a window of one element meets are laid out
+    i64 sh, sw;         // from window to window in what is laid out
     i64 images, image_pieces, rows, tile_h, tile_w, channels, tile_floats, panel_floats, sum_floats, sweeps;
 
     explicit WeightSums(const Geometry& sizes)
@@ -29,7 +32,9 @@ struct WeightSums {
         panels = ceil_div(columns, kPanel);
         sum_floats = g.groups * taps * terms * padded(columns);
         parts = std::min(ceil_div(kPieces, g.groups * blocks * panels), std::max<i64>(1, kSumFloats / sum_floats));
-        tile_w = (g.Q - 1) * g.sw + (g.kw - 1) * g.dw + 1;
+        picked = x.last && taps == 1;
+        sh = picked ? 1 : g.sh, sw = picked ? 1 : g.sw;
+        tile_w = (g.Q - 1) * sw + (g.kw - 1) * g.dw + 1;
         rows = std::max<i64>(1, std::min(g.P, kPixels / g.Q));
         while (rows > 1 && height(rows) * tile_w * channels > kTileFloats) rows = ceil_div(rows, 2);
         sweeps = ceil_div(g.P, rows);
@@ -43,7 +48,7 @@ struct WeightSums {
         panel_floats = images * rows * g.Q * kPanel;
     }
 
-    i64 height(i64 many) const { return (many - 1) * g.sh + (g.kh - 1) * g.dh + 1; }
+    i64 height(i64 many) const { return (many - 1) * sh + (g.kh - 1) * g.dh + 1; }
     i64 lane_floats() const { return tile_floats + panel_floats; }
     i64 scratch_bytes() const { return (parts * ((sum_floats + 15) / 16 * 16) + g.lanes * lane_floats()) * 4; }
 
@@ -75,12 +80,15 @@ struct WeightSums {
                 const i64 count = lines.end - lines.begin, image_step = height(count) * tile_w * many;
                 for (i64 n = these.begin; n < these.end; n++) {
                     const i64 i = n - these.begin;
-                    cut_out(work + i * image_step, many, x.at(from, n), x, lines.begin * g.sh - g.ph, height(count),
-                            -g.pw, tile_w, group * terms + some.begin, many);
+                    if (picked)
+                        pick(work + i * image_step, x.at(from, n) + group * terms + some.begin, lines, many);
+                    else
+                        cut_out(work + i * image_step, many, x.at(from, n), x, lines.begin * g.sh - g.ph, height(count),
+                                -g.pw, tile_w, group * terms + some.begin, many);
                     gradients(pixels + i * count * g.Q * width, width, out.at(dout, n), lines, group * columns + first,
                               wide);
                 }
-                const Pixels at{these.end - these.begin, image_step, count, g.sh * tile_w * many, g.Q, g.sw * many};
+                const Pixels at{these.end - these.begin, image_step, count, sh * tile_w * many, g.Q, sw * many};
                 for (i64 row = 0; row < m; row += kRows) {
                     const i64 together = std::min(kRows, m - row);
                     const float* a[kRows];
@@ -92,6 +100,20 @@ struct WeightSums {
                     }
                     outer(width / kLanes, together, a, at, pixels, to, 0, add);
                 }
+            }
+        }
+    }
+
+    // `many` channels of the pixels that windows of one element meet, zeros outside.
+    void pick(float* to, const float* image, Range lines, i64 many) const {
+        for (i64 i = lines.begin; i < lines.end; i++) {
+            const i64 y = i * g.sh - g.ph;
+            for (i64 j = 0; j < g.Q; j++, to += many) {
+                const i64 at = j * g.sw - g.pw;
+                if (y < 0 || y >= g.H || at < 0 || at >= g.W)
+                    std::memset(to, 0, size_t(many) * 4);
+                else
+                    copy_floats(to, image + (y * g.W + at) * g.C, many);
             }
         }
     }
@@ -111,16 +133,20 @@ struct WeightSums {
         const Range range = piece_of(terms, 16, which % chunks);
         const i64 first = panel * kPanel, wide = std::min(kPanel, columns - first), width = padded(wide);
         const float* from = sums + group * taps * terms * padded(columns) + taps * terms * first;
-        for (i64 k = range.begin; k < range.end; k++) {
-            for (i64 tap = 0; tap < taps; tap++) {
-                float total[kPanel];
+        float* to = dw + ((group * columns + first) * terms + range.begin) * taps;
+        float totals[kTurned * kPanel];  // (channel, window element) by columns
+        const i64 all = (range.end - range.begin) * taps;
+        for (i64 begin = 0; begin < all; begin += kTurned) {
+            const i64 some = std::min(kTurned, all - begin);
+            for (i64 i = 0; i < some; i++) {
+                const i64 k = range.begin + (begin + i) / taps, tap = (begin + i) % taps;
                 const float* row = from + (tap * terms + k) * width;
+                float* total = totals + i * width;
                 for (i64 c = 0; c < width; c++) total[c] = row[c];
                 for (i64 part = 1; part < parts; part++)
                     for (i64 c = 0; c < width; c++) total[c] += row[part * step + c];
-                float* to = dw + ((group * columns + first) * terms + k) * taps + tap;
-                for (i64 c = 0; c < wide; c++) to[c * terms * taps] = total[c];
             }
+            turn(to + begin, terms * taps, totals, width, some, wide);
         }
     }
 };
