@@ -8,12 +8,61 @@ namespace brim {
 namespace {
 
 constexpr i64 kPixels = 128;            // of a block of images that is laid out and used at once
+constexpr i64 kMore = 2;              // times so many for fewer columns than half a panel
 constexpr i64 kTileFloats = 64 * 1024;  // of x in such a block, where that can be
 constexpr i64 kPieces = 32;             // parts of the images are added until there are so many pieces
 constexpr i64 kSumFloats = 512 * 1024;  // of all parts' sums, but at least one part
 constexpr i64 kChannels = 64;           // input channels of a tile of the weight
 constexpr i64 kTurned = 128;            // rows that are put into the weight's order together
 constexpr i64 kRows = 256;              // rows whose addresses are computed together
+
+// Window elements side by side whose sums are kept in registers, with so many rows of x each: then one number of x meets
+// three vectors of gradients. Alone, each product would need a load.
+constexpr int kSide = 3, kSideRows = kLanes == 16 ? 8 : 3;
+
+// sum[i][b] += x[i] * g[b] for the window elements [First, End)
+template <int First, int End, int R>
+inline void meet_side(Floats (&sum)[R][kSide], const float* x, const Floats (&g)[kSide]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+        const Floats left = splat(x[i]);
+#pragma GCC unroll 3
+        for (int b = First; b < End; b++) sum[i][b] = fma_(left, g[b], sum[i][b]);
+    }
+}
+
+// to[b * tap_step + i * kLanes] (+)= sum over pixels p of x[(p + b) * at.step + i] * gradients[p][:], kLanes columns,
+// at least kSide pixels a row.
+template <int R>
+inline void side_rows(const float* x, const Pixels& at, const float* gradients, float* to, i64 tap_step, bool add) {
+    Floats sum[R][kSide] = {};
+    for (i64 n = 0; n < at.images; n++) {
+        for (i64 r = 0; r < at.rows; r++) {
+            const float* from = x + n * at.image_step + r * at.row_step;
+            Floats g[kSide] = {load(gradients)};
+            meet_side<0, 1>(sum, from, g);
+            g[1] = g[0], g[0] = load(gradients + kLanes);
+            meet_side<0, 2>(sum, from + at.step, g);
+            from += 2 * at.step;
+            for (i64 j = 2; j < at.many; j++, from += at.step) {
+                g[2] = g[1], g[1] = g[0], g[0] = load(gradients + j * kLanes);
+                meet_side<0, 3>(sum, from, g);
+            }
+            g[2] = g[1], g[1] = g[0];
+            meet_side<1, 3>(sum, from, g);
+            g[2] = g[1];
+            meet_side<2, 3>(sum, from + at.step, g);
+            gradients += at.many * kLanes;
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 3
+        for (int b = 0; b < kSide; b++) {
+            float* place = to + b * tap_step + i * kLanes;
+            store(place, add ? load(place) + sum[i][b] : sum[i][b]);
+        }
+}
 
 struct WeightSums {
     Geometry g;
@@ -35,12 +84,13 @@ struct WeightSums {
         picked = x.last && taps == 1;
         sh = picked ? 1 : g.sh, sw = picked ? 1 : g.sw;
         tile_w = (g.Q - 1) * sw + (g.kw - 1) * g.dw + 1;
-        rows = std::max<i64>(1, std::min(g.P, kPixels / g.Q));
+        const i64 pixels = kPixels * std::min<i64>(kMore, kPanel / padded(std::min(columns, kPanel)));
+        rows = std::max<i64>(1, std::min(g.P, pixels / g.Q));
         while (rows > 1 && height(rows) * tile_w * channels > kTileFloats) rows = ceil_div(rows, 2);
         sweeps = ceil_div(g.P, rows);
         rows = ceil_div(g.P, sweeps);
         tile_h = height(rows);
-        images = sweeps > 1 ? 1 : std::min(kPixels / (g.P * g.Q), kTileFloats / (tile_h * tile_w * channels));
+        images = sweeps > 1 ? 1 : std::min(pixels / (g.P * g.Q), kTileFloats / (tile_h * tile_w * channels));
         images = std::max<i64>(1, std::min(images, g.N));
         image_pieces = ceil_div(g.N, images);
         parts = std::min(parts, image_pieces);
@@ -89,6 +139,10 @@ struct WeightSums {
                               wide);
                 }
                 const Pixels at{these.end - these.begin, image_step, count, sh * tile_w * many, g.Q, sw * many};
+                if (width == kLanes && g.kw == kSide && g.dw == 1 && sw == 1 && g.Q >= kSide) {
+                    sides(work, many, at, pixels, sum + some.begin * width, add);
+                    continue;
+                }
                 for (i64 row = 0; row < m; row += kRows) {
                     const i64 together = std::min(kRows, m - row);
                     const float* a[kRows];
@@ -101,6 +155,20 @@ struct WeightSums {
                     outer(width / kLanes, together, a, at, pixels, to, 0, add);
                 }
             }
+        }
+    }
+
+    // All products of a block whose results are one vector wide, window row after window row.
+    void sides(const float* tile, i64 many, const Pixels& at, const float* pixels, float* sum, bool add) const {
+        for (i64 a = 0; a < g.kh; a++) {
+            const float* x = tile + a * g.dh * tile_w * many;
+            float* to = sum + a * kSide * terms * kLanes;
+            const i64 tap_step = terms * kLanes;
+            i64 k = 0;
+            for (; k + kSideRows <= many; k += kSideRows)
+                side_rows<kSideRows>(x + k, at, pixels, to + k * kLanes, tap_step, add);
+            if (kSideRows > 4 && k + 4 <= many) side_rows<4>(x + k, at, pixels, to + k * kLanes, tap_step, add), k += 4;
+            for (; k < many; k++) side_rows<1>(x + k, at, pixels, to + k * kLanes, tap_step, add);
         }
     }
 
