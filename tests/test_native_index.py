@@ -10,12 +10,18 @@ import pytest
 from brim.backend import ScalarCell
 from brim.device import find_backend
 from brim.spec import DTYPES
+from brim_cpu.native import Function, chained
 from brim_cpu.registry import KERNELS
 from native_running import RNG, bound, needs_library, normal, run
 
 Array = np.ndarray[Any, Any]
 
 ALL_DTYPES = [pytest.param(dtype, id=name) for name, dtype in DTYPES.items()]
+
+
+def probe(out: Array) -> Any:
+    """A native call that adds one."""
+    return Function("brim_team_probe", "pii").bind(out, 1, 1)
 
 
 def bits(*shape: int, dtype: Any) -> Array:
@@ -76,6 +82,34 @@ def test_take_out_of_range(wrong: int, count: int) -> None:
         return
     with pytest.raises(IndexError, match="index 0 is out of range for axis 0 of size 0"):
         run("take", np.zeros((0, 5), np.float32), indices[:1], axis=0)
+
+
+@needs_library
+@pytest.mark.parametrize("wrong", [None, 5, -6])
+def test_calls_after_indices_out_of_range_are_not_made(wrong: int | None) -> None:
+    x, indices, total = np.ones((5, 4), np.float32), np.array([0, -5, 4]), np.zeros((5, 4), np.float32)
+    rows = np.zeros((3, 4), np.float32)
+    added = indices[None], rows[None]
+    kernel, _ = bound("take", [x, indices], axis=0)
+    back, _ = bound("index_add", [total, *added], axis=0, size=5)
+    after = probe(count := np.zeros(1, np.int64))
+    calls = [*kernel.prepare(rows, x, indices, axis=0)]
+    calls += [*back.prepare(total, total, *added, axis=0, size=5), after]
+    (chain,) = chained(calls)  # checked without Python in between
+    if wrong is None:
+        chain()
+        assert count == [1]
+        np.testing.assert_array_equal(total, [[2.0] * 4, *[[0.0] * 4] * 3, [1.0] * 4])
+        return
+    indices[1] = wrong
+    for _ in range(2):
+        with pytest.raises(IndexError, match=f"index {wrong} is out of range for axis 0 of size 5"):
+            chain()
+    assert count == [0]
+    assert not rows.any()
+    indices[1] = 1
+    chain()
+    assert count == [1]
 
 
 # --------------------------------------------------------------------------------------------------- rows for batches

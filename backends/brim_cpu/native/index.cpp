@@ -1,8 +1,8 @@
 // Rows by index: reading them (take, batches of samples), adding to them (index_add) and writing them (put).
 //
 // An array is seen as (outer, size, run): `size` entries of the indexed axis, each `run_bytes` long, one after another.
-// Indices are checked before anything is read or written: where one lies outside of [-size, size), nothing is done, and
-// the caller finds the smallest and the largest in found[0] and found[1].
+// Indices are checked before anything is read or written: where one lies outside of [-size, size), nothing is done, the
+// caller finds the smallest and the largest in found[0] and found[1], and no call that follows is made.
 #include <algorithm>
 
 #include "half.hpp"
@@ -36,7 +36,9 @@ bool check(i64* found, const i64* indices, i64 n, i64 size) {
         all.end = parts[k].end > all.end ? parts[k].end : all.end;
     }
     found[0] = all.begin, found[1] = all.end;
-    return all.begin >= -size && all.end < size;
+    const bool fit = all.begin >= -size && all.end < size;
+    if (!fit) stop_calls();
+    return fit;
 }
 
 inline i64 from_start(i64 index, i64 size) { return index < 0 ? index + size : index; }

@@ -45,10 +45,9 @@ def take(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int) -> NativeKernel
     def calls(y: Any, x: Any, indices: Any, scratch: Any = None) -> list[Any]:
         found = np.empty(2, np.int64)
         run_bytes = inner * x.itemsize
-        return [
-            _TAKE.bind(y, found, x, indices, outer, indices.size, size, run_bytes),
-            partial(_check, found, size, axis),
-        ]
+        call = _TAKE.bind(y, found, x, indices, outer, indices.size, size, run_bytes)
+        call.checks.append(partial(_check, found, size, axis))
+        return [call]
 
     return NativeKernel(calls, contiguous=True, small=small_numpy("take", outs[0], _PLAIN_BYTES))
 
@@ -92,7 +91,8 @@ def index_add(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int, size: int)
         numbers = (sizes.outer, sizes.count, sizes.size, sizes.inner * parts)
         call = function.bind(y, found, base, indices, values, _step(base), *numbers)
         call.renewals += renewals
-        return [*copies, call, partial(_check, found, size, axis)]
+        call.checks.append(partial(_check, found, size, axis))
+        return [*copies, call]
 
     return NativeKernel(calls, contiguous=(False, True, True), aliasing=True, small=_few("index_add", indices))
 
@@ -113,7 +113,8 @@ def put(ins: Sequence[Any], outs: Sequence[Spec], *, axis: int, size: int) -> Na
         numbers = (sizes.outer, sizes.count, sizes.size, sizes.inner)
         call = function.bind(y, found, base, indices, given, *steps, *numbers)
         call.renewals += renewals + more
-        return [*copies, call, partial(_check, found, size, axis)]
+        call.checks.append(partial(_check, found, size, axis))
+        return [*copies, call]
 
     return NativeKernel(calls, contiguous=(False, True, True), aliasing=True, small=_few("put", indices))
 
