@@ -432,3 +432,20 @@ def test_groups_without_elements_are_no_call() -> None:
     assert kernel is not None
     assert kernel.prepare is not None
     assert kernel.prepare((np.empty(0, F32),) * 2, np.empty(0, F32), np.empty(0, F32)) == []
+
+
+@pytest.mark.parametrize("number", [0.1, -0.0, 7, 1e-46, 3.5e38, -1e300, float("inf"), float("nan"), np.float32(0.3)])
+def test_numbers_are_rounded_as_numpy_rounds_them(number: Any) -> None:
+    builder = FormulaBuilder([None, None, F32])
+    sum_ = builder.call("add", [("in", 2), ("in", 1)], F32)
+    formula = builder.formula([builder.call("mul", [sum_, ("in", 0)], F32)[1]])
+    x, out = np.array([1.0, -2.0, 0.5], F32), np.empty(3, F32)
+    factor, term = cells = ScalarCell(2.0), ScalarCell(1.0)
+    machine = elementwise.Interpreter(formula, [True, True, False], [F32])
+    call = machine.call([out], [*cells, x])
+    assert call is not None
+    for factor.value, term.value in ((2.0, 1.0), (number, 0.25), (3, number), (number, number)):
+        call()
+        with np.errstate(all="ignore"):
+            expected = (x + F32.type(term.value)) * F32.type(factor.value)
+        assert_same_bits(out, expected)

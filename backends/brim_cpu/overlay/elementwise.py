@@ -6,6 +6,7 @@ and planned steps agree to the bit: where a group as a whole is left to NumPy, i
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -135,7 +136,7 @@ class _Numbers:
             self.table[n] = slot, plan.only_chained[n], native.pointer(place)
             given = value if source is None else ins[source]
             if isinstance(given, ScalarCell):
-                self.cells.append(_Cell(given, dtype, place))
+                self.cells.append(_Cell(given, dtype, place, self.table[n]))
             else:
                 place.view(dtype)[0] = _as(dtype, given)
 
@@ -153,16 +154,33 @@ class _Task:
 class _Cell:
     """A cell's number in memory that native code reads; ``last`` is what was written there."""
 
-    __slots__ = ("cell", "dtype", "last", "place")
+    __slots__ = ("cell", "dtype", "last", "memory", "row")
 
-    def __init__(self, cell: ScalarCell, dtype: np.dtype[Any], memory: Array) -> None:
-        self.cell, self.dtype, self.last = cell, dtype, object()
-        # A view of memory rounds a number to float32 as NumPy does, in a fifth of the time.
-        self.place: Any = memory.view(dtype).data if dtype == np.float32 else memory.view(dtype)
+    def __init__(self, cell: ScalarCell, dtype: np.dtype[Any], memory: Array, row: Array) -> None:
+        self.cell, self.dtype, self.last, self.memory, self.row = cell, dtype, object(), memory, row
 
     def write(self, value: Any) -> None:
-        self.place[0] = value if self.dtype == np.float32 else _as(self.dtype, value)
+        self.memory.view(self.dtype)[0] = _as(self.dtype, value)
         self.last = value
+
+
+class _Cells:
+    """The float32 cells of a call side by side in memory: written at once, in a quarter of the time of one by one."""
+
+    def __init__(self, cells: Sequence[_Cell]) -> None:
+        self.cells = [cell.cell for cell in cells]
+        self.memory = np.zeros(max(1, len(cells)), np.uint64)
+        self.struct = struct.Struct("=" + "f4x" * len(cells))
+        for n, cell in enumerate(cells):
+            cell.row[2] = native.pointer(self.memory[n : n + 1])
+
+    def write(self) -> None:
+        numbers = [cell.value for cell in self.cells]
+        try:
+            self.struct.pack_into(self.memory.data, 0, *numbers)
+        except OverflowError:  # struct refuses what NumPy rounds to infinity
+            with np.errstate(over="ignore"):
+                self.memory.view(np.float32)[::2] = np.array(numbers, np.float64)
 
 
 def pieces(tasks: Sequence[_Task]) -> tuple[list[tuple[int, int, int]], list[int]]:
@@ -190,10 +208,15 @@ def _call(tasks: Sequence[_Task]) -> Call:
     call = _RUN.bind(records, ranges, np.array(starts, np.int64), len(starts) - 1)
     call.keeps += (tasks,)
     cells = list(dict.fromkeys(cell for task in tasks for cell in task.numbers.cells))
-    if cells:
+    floats = _Cells([cell for cell in cells if cell.dtype == np.float32])
+    others = [cell for cell in cells if cell.dtype != np.float32]
+    if floats.cells:
+        call.keeps += (floats,)
+        call.renewals.append(floats.write)
+    if others:
 
         def renew() -> None:
-            for cell in cells:
+            for cell in others:
                 value = cell.cell.value
                 if value is not cell.last:
                     cell.write(value)

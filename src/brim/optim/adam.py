@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from brim.context import host_scalars
@@ -13,6 +14,11 @@ from brim.optim.optimizer import Optimizer, check_range
 from brim.tensor import Tensor
 
 __all__ = ["Adam", "AdamW"]
+
+
+@lru_cache(maxsize=32)  # mostly the same for all parameters of a step
+def _corrections_after(step: int, beta1: float, beta2: float) -> tuple[float, float]:
+    return 1.0 - float(beta1) ** step, math.sqrt(1.0 - float(beta2) ** step)
 
 
 class Adam(Optimizer):
@@ -101,8 +107,7 @@ class Adam(Optimizer):
 
         def corrections() -> tuple[float, float]:
             state["step"] = step = state.get("step", 0) + 1
-            beta1, beta2 = map(float, source["betas"])
-            return 1.0 - beta1**step, math.sqrt(1.0 - beta2**step)
+            return _corrections_after(step, *source["betas"])
 
         found: tuple[Any, Any] = host_scalars(corrections, (float, float))
         return found

@@ -58,7 +58,7 @@ class Runner:
         self._calls: list[Callable[[], None]] = []
         self._inputs: list[Any] = []
         self._results: list[Tensor] = []  # but for the receivers' numbers
-        self._scalars: list[tuple[ScalarCell, Callable[..., Any], tuple[Any, ...]]] = []
+        self._scalars: list[tuple[ScalarCell, Callable[..., Any], tuple[ScalarCell, ...]]] = []
         self._copies: dict[Spec, BoundKernel] = {}  # by the spec of what is copied
         self.runs = 0
         self.feeding, self.fetched_bytes = Feeding(device, staged_bytes), fetched_bytes
@@ -73,7 +73,7 @@ class Runner:
         self._scalars = []
         for scalar in program.scalars():
             cell = cells[id(scalar)] = ScalarCell()
-            args = tuple(cells[id(a)] if isinstance(a, HostScalar) else a for a in scalar.args)
+            args = tuple(cells[id(a)] if isinstance(a, HostScalar) else ScalarCell(a) for a in scalar.args)
             self._scalars.append((cell, scalar.read, args))
 
         def place(value: Value) -> tuple[Block, int]:
@@ -182,8 +182,13 @@ class Runner:
                     backend.upload(target, given)
             if fed:
                 self.feeding.put(fed)
-            for cell, read, args in self._scalars:
-                cell.value = read(*[a.value if type(a) is ScalarCell else a for a in args]) if args else read()
+            for cell, read, args in self._scalars:  # an optimizer has several for each parameter
+                if not args:
+                    cell.value = read()
+                elif len(args) == 1:
+                    cell.value = read(args[0].value)
+                else:
+                    cell.value = read(*[one.value for one in args])
             with backend.running(self.device.index):
                 for call in self._calls:
                     call()
