@@ -77,6 +77,8 @@ const Signature signatures[] = {
     {"ppppppdpdiid", caller<p, p, p, p, p, p, d, p, d, i, i, d>},
     {"ppppppiiiifi", caller<p, p, p, p, p, p, i, i, i, i, f, i>},
     {"pppppppiiiif", caller<p, p, p, p, p, p, p, i, i, i, i, f>},
+    {"pppppppdiid", caller<p, p, p, p, p, p, p, d, i, i, d>},
+    {"pppppppppdiid", caller<p, p, p, p, p, p, p, p, p, d, i, i, d>},
     {"ppppppdpdiiid", caller<p, p, p, p, p, p, d, p, d, i, i, i, d>},
     {"pppppppdppiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, d>},
     {"pppppppdppiiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, i, d>},

@@ -1,4 +1,6 @@
 // Softmax, its logarithm, logsumexp and causal softmax over rows, and the gradients of these: float32.
+#include "softmax.hpp"
+
 #include "exponentials.hpp"
 #include "team.hpp"
 
@@ -9,20 +11,16 @@ namespace {
 // Rows that are worth a piece: an exponential counts as several plain operations.
 i64 rows_per_piece(i64 columns) { return ceil_div(kGrain / 4, columns < 1 ? 1 : columns); }
 
-// A row of `columns` numbers of which the first `seen` count; the others are not read, and results are 0 there.
-struct Row {
-    i64 seen, columns;
-};
-
-void softmax_row(float* out, const float* x, Row row, float scale) {
+Powers softmax_long(float* out, const float* x, Row row, float scale) {
     map_row(out, x, row.seen, [=](auto v) { return v * scale; });
-    const float share = 1.0f / exponentials<true>(out, out, top_of(out, row.seen), row.seen);  // of 1 to `seen`, or NaN
+    const float top = top_of(out, row.seen), sum = exponentials<true>(out, out, top, row.seen);
+    const float share = 1.0f / sum;  // of 1 to `seen`, or NaN
     map_row(out, out, row.seen, [=](auto v) { return v * share; });
     std::memset(out + row.seen, 0, size_t(row.columns - row.seen) * sizeof(float));
+    return {top, sum};
 }
 
-// out = y (g - sum(g y)) scale
-void softmax_grad_row(float* out, const float* g, const float* y, Row row, float scale) {
+void softmax_grad_long(float* out, const float* g, const float* y, Row row, float scale) {
     const float *from[2] = {g, y}, padding[2] = {0, 0};
     float total;
     fold<Add<float>, 1, 2>(&total, from, padding, row.seen, [](Vector<float>* acc, const Vector<float>* v) {
@@ -73,7 +71,7 @@ struct ShortRows {
         return fold_vectors<Op, float>(all);
     }
 
-    static void softmax(float* out, const float* x, Row row, float scale) {
+    static Powers softmax(float* out, const float* x, Row row, float scale) {
         V v[vectors];
         read(v, x, row);
 #pragma GCC unroll 4
@@ -82,10 +80,11 @@ struct ShortRows {
         const float top = folded<LargestNumber<float>>(v);
 #pragma GCC unroll 4
         for (int k = 0; k < vectors; k++) v[k] = exp_below(v[k] - top);
-        const float share = 1.0f / folded<Add<float>>(v);
+        const float sum = folded<Add<float>>(v), share = 1.0f / sum;
 #pragma GCC unroll 4
         for (int k = 0; k < vectors; k++) v[k] = v[k] * share;
         write(out, v, row);
+        return {top, sum};
     }
 
     static void gradient(float* out, const float* g, const float* y, Row row, float scale) {
@@ -102,7 +101,7 @@ struct ShortRows {
 
 // body(ShortRows<vectors>) with as many vectors as the row has
 template <class F>
-void with_vectors(i64 seen, const F& body) {
+auto with_vectors(i64 seen, const F& body) {
     static_assert(kPerLanes == 4, "a case for each number of vectors");
     switch (ceil_div(seen, kWidth<float>)) {
         case 1: return body(ShortRows<1>{});
@@ -118,32 +117,12 @@ void with_vectors(i64 seen, const F& body) {
 Row row_of(i64 r, i64 R, i64 columns) { return {R > 0 && r % R + 1 < columns ? r % R + 1 : columns, columns}; }
 
 void softmax_rows(float* out, const float* x, i64 begin, i64 end, i64 R, i64 columns, float scale) {
-    for (i64 r = begin; r < end; r++) {
-        const Row row = row_of(r, R, columns);
-        float* to = out + r * columns;
-        const float* from = x + r * columns;
-#if defined(__AVX512F__)
-        if (row.seen <= kLanes<float>) {
-            with_vectors(row.seen, [&](auto rows) { rows.softmax(to, from, row, scale); });
-            continue;
-        }
-#endif
-        softmax_row(to, from, row, scale);
-    }
+    for (i64 r = begin; r < end; r++) softmax_row(out + r * columns, x + r * columns, row_of(r, R, columns), scale);
 }
 
 void softmax_grad_rows(float* out, const float* g, const float* y, i64 begin, i64 end, i64 R, i64 columns, float scale) {
-    for (i64 r = begin; r < end; r++) {
-        const Row row = row_of(r, R, columns);
-        const i64 at = r * columns;
-#if defined(__AVX512F__)
-        if (row.seen <= kLanes<float>) {
-            with_vectors(row.seen, [&](auto rows) { rows.gradient(out + at, g + at, y + at, row, scale); });
-            continue;
-        }
-#endif
-        softmax_grad_row(out + at, g + at, y + at, row, scale);
-    }
+    for (i64 at = begin * columns, r = begin; r < end; r++, at += columns)
+        softmax_grad_row(out + at, g + at, y + at, row_of(r, R, columns), scale);
 }
 
 void log_softmax_grad_row(float* out, const float* g, const float* y, i64 n, float total) {
@@ -158,6 +137,26 @@ void spread_row(float* out, const float* x, i64 n, float shift, float scale) {
 }
 
 }  // namespace
+
+namespace brim {
+
+Powers softmax_row(float* out, const float* x, Row row, float scale) {
+#if defined(__AVX512F__)
+    if (row.seen <= kLanes<float>)
+        return with_vectors(row.seen, [&](auto rows) { return rows.softmax(out, x, row, scale); });
+#endif
+    return softmax_long(out, x, row, scale);
+}
+
+void softmax_grad_row(float* out, const float* g, const float* y, Row row, float scale) {
+#if defined(__AVX512F__)
+    if (row.seen <= kLanes<float>)
+        return with_vectors(row.seen, [&](auto rows) { return rows.gradient(out, g, y, row, scale); });
+#endif
+    softmax_grad_long(out, g, y, row, scale);
+}
+
+}  // namespace brim
 
 BRIM_EXPORT void brim_softmax_f32(float* out, const float* x, i64 rows, i64 columns) {
     parallel_ranges(rows, rows_per_piece(columns), [=](i64 begin, i64 end) {
