@@ -248,7 +248,7 @@ FUNCTIONAL = ["conv_64x1x28_32", "adamw_235k", "mlp_step_b32", "mlp_infer_b1"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONAL)
-@pytest.mark.parametrize("peer", ["jax", "mlx"])
+@pytest.mark.parametrize("peer", ["jax", "mlx", "tinygrad"])
 @pytest.mark.usefixtures("_own_threads")
 def test_brim_and_functional_peers_compute_the_same(peer: str, name: str) -> None:
     if why := missing(peer):
@@ -263,7 +263,7 @@ def test_brim_and_functional_peers_compute_the_same(peer: str, name: str) -> Non
     assert set(found) == set(workload.tolerances)
 
 
-@pytest.mark.parametrize("peer", ["jax", "mlx"])
+@pytest.mark.parametrize("peer", ["jax", "mlx", "tinygrad"])
 def test_peers_that_are_not_installed_are_named_without_importing_them(peer: str) -> None:
     package = peer
     assert missing(peer) in ("", f"{package} is not installed")

@@ -20,6 +20,7 @@ SIDES = {
     "torch_graphs": "brim_bench.sides.torch_side:TorchGraphs",
     "jax": "brim_bench.sides.jax_side:Jax",
     "mlx": "brim_bench.sides.mlx_side:Mlx",
+    "tinygrad": "brim_bench.sides.tinygrad_side:Tinygrad",
 }
 _PACKAGES = {
     "brim": "brim",
@@ -29,6 +30,7 @@ _PACKAGES = {
     "torch_graphs": "torch",
     "jax": "jax",
     "mlx": "mlx",
+    "tinygrad": "tinygrad",
 }
 
 

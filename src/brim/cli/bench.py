@@ -34,7 +34,7 @@ def add_bench(app: Any) -> None:
     def run(
         *names: Annotated[str, flag("Workloads, or patterns such as 'mlp_*'; all without.")],
         device: Annotated[str, flag("cpu (default), cuda, cuda:1.")] = "cpu",
-        vs: Annotated[str | None, flag("Peers: torch,torch_fused,torch_compile,jax,mlx, or module:Class.")] = None,
+        vs: Annotated[str | None, flag("torch,torch_fused,torch_compile,jax,mlx,tinygrad, or module:Class.")] = None,
         threads: Annotated[int | None, flag("Threads of each side; all processors.")] = None,
         rounds: Annotated[int, flag("Rounds of each side, 7; twice as many where they spread.")] = 7,
         seconds: Annotated[float, flag("Seconds of a round, 0.3.")] = 0.3,
