@@ -15,7 +15,7 @@ from brim.op import REGISTRY
 from brim.ops.conv import output_size
 from brim.spec import DTYPES, Spec
 from brim_cuda.emulation import EmulationError, EmulationLoader, Guarded
-from brim_cuda.kernels import conv
+from brim_cuda.kernels import conv, grouped
 from brim_cuda.kernels.int_matmul import integer_matmul
 from brim_cuda.launch import Call, Product
 from brim_cuda.nvrtc import compile_cubin
@@ -50,6 +50,12 @@ CASES = {
     "whole pieces, strided": (2, 16, 32, (5, 6), (3, 3), (2, 1), (1, 1), (1, 1), 1),
     "whole pieces, groups": (2, 32, 16, (4, 5), (3, 3), (1, 1), (1, 1), (1, 1), 2),
     "whole pieces, 1x1, strided": (2, 8, 16, (5, 4), (1, 1), (2, 1), (0, 0), (1, 1), 1),
+    "depthwise, whole pieces": (2, 8, 8, (9, 7), (3, 3), (1, 1), (1, 1), (1, 1), 8),
+    "depthwise, strided": (2, 8, 8, (9, 7), (3, 3), (2, 2), (1, 1), (1, 1), 8),
+    "depthwise, 5x5": (2, 12, 12, (6, 9), (5, 5), (1, 1), (2, 2), (1, 1), 12),
+    "depthwise, 7x7": (1, 4, 4, (8, 7), (7, 7), (1, 1), (3, 2), (1, 1), 4),
+    "depthwise, multiplied": (2, 4, 12, (6, 5), (3, 3), (2, 1), (1, 0), (1, 1), 4),
+    "small groups": (2, 8, 4, (6, 5), (3, 2), (1, 1), (1, 1), (2, 1), 4),
     "one element": (1, 1, 1, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1), 1),
     "no images": (0, 4, 6, (5, 4), (3, 3), (1, 1), (1, 1), (1, 1), 1),
     "no outputs": (2, 4, 0, (5, 4), (3, 3), (1, 1), (1, 1), (1, 1), 1),
@@ -209,6 +215,62 @@ def test_arrays_of_any_strides(dtype: str) -> None:
     assert checked == 33
 
 
+@ORDERS
+def test_gradients_of_depthwise_weights_in_pieces(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "_LEAST_POSITIONS", 1)
+    loader, pieces = EmulationLoader(order), set()
+    monkeypatch.setitem(CASES, "large", (3, 8, 8, (20, 21), (3, 3), (1, 1), (1, 1), (1, 1), 8))
+    for dtype, order_of_channels in itertools.product(("float32", "float16"), (False, True)):
+        one = calls_of("large", dtype, order_of_channels, order_of_channels, small_integers(3))[2]
+        work = one.work()
+        assert work is not None
+        assert [type(call) for call in work.calls] == [Call, Call]
+        (got,) = emulated(loader, one)
+        assert same_bits(got, one.wrote[0])
+        pieces.add(work.calls[0].blocks[0])  # type: ignore[union-attr]
+    assert min(pieces) > 1
+
+
+def test_which_groups_are_small() -> None:
+    """Few channels in and out: own kernels, whose launches do not depend on the number of images."""
+    how: dict[str, Any] = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    for groups, channels, products in ((1, 8, True), (8, 8, False), (2, 16, False), (2, 32, True)):
+        x, w = Spec((4, channels, 6, 6)), Spec((channels, channels // groups, 3, 3))
+        for name, ins, out, more in (
+            ("conv2d", (x, w), x, {}),
+            ("conv2d_grad_input", (x, w), x, {"size": (6, 6)}),
+            ("conv2d_grad_weight", (x, x), w, {"kernel": (3, 3)}),
+        ):
+            calls = work_of(REGISTRY[name], ins, [out], {**how, **more, "groups": groups}).calls
+            assert any(isinstance(call, Product) for call in calls) == products
+            if not products:
+                assert len(calls) == (2 if name == "conv2d_grad_weight" else 1)
+
+
+def test_pieces_of_images_that_do_not_start_at_one() -> None:
+    """Channels-last images one element further on: read and written element by element."""
+    for case, dtype in itertools.product(("whole pieces", "depthwise, whole pieces"), ("float32", "bfloat16")):
+        for one in calls_of(case, dtype, True, True, small_integers(7)):
+            loader = EmulationLoader()
+            kernel = bind(loader, one.op, one.ins, one.outs, one.params)
+
+            def shifted(array: Array, spec: Spec) -> Array:
+                memory = np.zeros(spec.size + 65, spec.dtype)
+                start = -memory.ctypes.data % 64 // spec.dtype.itemsize + 1
+                view = np.lib.stride_tricks.as_strided(
+                    memory[start:], spec.shape, [step * spec.dtype.itemsize for step in spec.strides]
+                )
+                view[...] = array
+                return view
+
+            given = [shifted(array, spec) for array, spec in zip(one.given, one.ins, strict=True)]
+            made = shifted(np.ones(one.outs[0].shape, one.outs[0].dtype), one.outs[0])
+            scratch = np.zeros(kernel.scratch_bytes + 256, np.uint8)
+            start = -scratch.ctypes.data % 256
+            kernel.run(made, *given, scratch=scratch[start : start + kernel.scratch_bytes], **one.params)
+            assert same_bits(made, one.wrote[0]), str(one)
+
+
 def test_random_numbers_have_the_same_bits_in_every_order_of_threads() -> None:
     rng = np.random.default_rng(0)
     for x_last in (False, True):
@@ -231,7 +293,7 @@ def test_a_plan_depends_on_specs_alone() -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_what_no_row_of_the_table_leads_to_compiles(arch: str) -> None:
-    """Channels-last images, larger windows, positions of 64 bits, products of more integer dtypes."""
+    """Channels-last images, larger windows, depthwise ones, positions of 64 bits, products of more integer dtypes."""
     how: dict[str, Any] = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
     works = []
     for n, kind, size in ((2, DTYPES["float32"], 5), (2**24, DTYPES["bfloat16"], 3)):
@@ -243,6 +305,14 @@ def test_what_no_row_of_the_table_leads_to_compiles(arch: str) -> None:
             works.append(
                 work_of(REGISTRY["conv2d_grad_input"], (y, Spec(weight, kind)), [x], {**how, "size": shape[2:]})
             )
+    for n, kind, size in ((2, DTYPES["float32"], 3), (2**24, DTYPES["bfloat16"], 7), (2, DTYPES["float64"], 5)):
+        around = (size // 2, size // 2)
+        x = spec_of((n, 64, 16, 16), kind, True)
+        y = spec_of((n, 64, 8, 8), kind, True)
+        w, small = Spec((64, 1, size, size), kind), {**how, "padding": around, "groups": 64}
+        works.append(work_of(REGISTRY["conv2d"], (x, w), [y], small))
+        works.append(work_of(REGISTRY["conv2d_grad_input"], (y, w), [x], {**small, "size": (16, 16)}))
+        works.append(work_of(REGISTRY["conv2d_grad_weight"], (y, x), [w], {**small, "kernel": (size, size)}))
     few = ("bool", "int8", "uint16", "int64")
     for dtype in few:
         a = Spec((2, 5, 6), DTYPES[dtype]), Spec((6, 5), DTYPES[dtype])
@@ -254,7 +324,7 @@ def test_what_no_row_of_the_table_leads_to_compiles(arch: str) -> None:
     }
     done = compile_cubin(translation_unit(kernels), arch, ["--ptxas-options=-v"])
     registers = list(map(int, re.findall(r"Used (\d+) registers", done.log)))
-    assert len(registers) == len(kernels) == 10 + len(few)
+    assert len(registers) == len(kernels) == 10 + 12 + len(few)
     assert max(registers) <= MAX_REGISTERS
     assert max(map(int, re.findall(r"(\d+) bytes spill stores", done.log))) <= MAX_SPILL_BYTES
 

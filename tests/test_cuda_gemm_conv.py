@@ -89,13 +89,13 @@ def as_columns(unrolled: Array, columns: Columns) -> Array:
     parts = unrolled.reshape(n, columns.groups, columns.channels, kh, kw, positions)
     if columns.by_element:
         parts = parts.transpose(0, 1, 3, 4, 2, 5)
-    flat = parts.reshape(n, columns.groups, -1, positions)
-    flat = np.pad(flat, ((0, 0), (0, 0), (0, columns.length - flat.shape[2]), (0, 0)))
-    flat = flat.reshape(n, -1, positions)
+    groups = parts.reshape(n, columns.groups, -1, positions)
+    filled = np.pad(groups, ((0, 0), (0, 0), (0, columns.length - groups.shape[2]), (0, 0)))
+    flat = filled.reshape(n, -1, positions)
     return flat.swapaxes(1, 2) if columns.last else flat
 
 
-def from_columns(made: Array, columns: Columns, kernel: Pair) -> Array:
+def from_columns(made: Array, columns: Columns, kernel: tuple[int, ...]) -> Array:
     """The inverse."""
     n = len(made)
     flat = (made.swapaxes(1, 2) if columns.last else made).reshape(n, columns.groups, columns.length, -1)
@@ -202,7 +202,8 @@ def test_products_over_columns_are_the_convolution(op: str, last: bool, whole: b
     assert plan.copied == (False, False)
     arrays = {id(spec): bench.random(spec, seed) for seed, spec in enumerate(ins)}
     arrays[id(out)] = made = bench.array(out)
-    run(plan, bench, unroller_of(plan, x, w, y, stride, padding, dilation), *(arrays[id(spec)] for spec in (x, y, w)))
+    unroller = unroller_of(plan, x, w, y, stride, padding, dilation)
+    run(plan, bench, unroller, arrays[id(x)], arrays[id(y)], arrays[id(w)])
     params = {**how, "dilation": dilation}
     params |= {"conv2d_grad_input": {"size": size}, "conv2d_grad_weight": {"kernel": kernel}}.get(op, {})
     terms = {"conv2d": w.size // o, "conv2d_grad_input": y.size // n, "conv2d_grad_weight": y.size // o}[op]

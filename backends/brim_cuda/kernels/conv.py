@@ -1,4 +1,4 @@
-"""Convolution and its two gradients, chosen by shapes: products over columns (``gemm_conv``)."""
+"""Convolution and its gradients: products over columns (``gemm_conv``), or kernels of small groups (``grouped``)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from brim.spec import Spec, is_float
 from brim_cuda.elementwise import copy_calls
 from brim_cuda.gemm_conv import ConvCall, ConvPlan, lies, plan_conv
 from brim_cuda.kernels.columns import Mover, moved
+from brim_cuda.kernels.grouped import by_groups, is_small
 from brim_cuda.kernels.matmul import workspace_bytes
 from brim_cuda.kernels.pool import Pair
 from brim_cuda.launch import Call, In, Out, Place, Product, Scratch
@@ -44,6 +45,9 @@ def convolution(
     """A convolution or one of its gradients; sums of float16 and bfloat16 are in float32."""
     if not is_float(outs[0].dtype):
         raise KeyError(f"the CUDA backend has no kernel for {name} in {outs[0].dtype}")
+    weight = outs[0] if name == "conv2d_grad_weight" else ins[1]
+    if is_small(weight, groups) and (weight.contiguous or name != "conv2d_grad_weight"):
+        return by_groups(name, ins, outs[0], stride, padding, dilation, groups)
     return by_products(name, ins, outs[0], stride, padding, dilation, groups, tf32)
 
 
