@@ -4,7 +4,7 @@
 template <class T, class I>
 BRIM_FN void max_pool(const T* x, T* y, int* index, I n, I channels, const Windows& win, const Strides4<I>& strides) {
     for (I at = (I)(blockIdx.x * blockDim.x + threadIdx.x); at < n; at += (I)(gridDim.x * blockDim.x)) {
-        const Place<I> place = place_of(at, channels, win.out);
+        const Place<I> place = place_along(at, channels, win.out, strides.y);
         typename Arithmetic<T>::type best = -__int_as_float(0x7f800000);
         int found = -1;
         for (int i = 0; i < win.kernel[0]; ++i)
@@ -25,7 +25,7 @@ BRIM_FN void max_pool(const T* x, T* y, int* index, I n, I channels, const Windo
 template <class T, class I>
 BRIM_FN void max_pool_pick(const T* x, const int* index, T* y, I n, I channels, const Windows& win, const Strides4<I>& strides) {
     for (I at = (I)(blockIdx.x * blockDim.x + threadIdx.x); at < n; at += (I)(gridDim.x * blockDim.x)) {
-        const Place<I> place = place_of(at, channels, win.out);
+        const Place<I> place = place_along(at, channels, win.out, strides.y);
         const int found = index[offset4(strides.z, place)];
         y[offset4(strides.y, place)] =
             x[offset4(strides.x, Place<I>{place.n, place.c, found / win.size[1], found % win.size[1]})];
@@ -39,7 +39,7 @@ BRIM_FN void max_pool_grad(
     const T* g, const int* index, T* y, I n, I channels, const Windows& win, const Strides4<I>& strides) {
     typedef typename Arithmetic<T>::type A;
     for (I at = (I)(blockIdx.x * blockDim.x + threadIdx.x); at < n; at += (I)(gridDim.x * blockDim.x)) {
-        const Place<I> place = place_of(at, channels, win.size);
+        const Place<I> place = place_along(at, channels, win.size, strides.y);
         const int mine = place.h * win.size[1] + place.w;
         const Range rows = mine == 0 && win.some_empty ? Range{0, win.out[0]} : covering(win, 0, place.h);
         const Range columns = mine == 0 && win.some_empty ? Range{0, win.out[1]} : covering(win, 1, place.w);
@@ -65,7 +65,7 @@ template <class T, class I>
 BRIM_FN void avg_pool(const T* x, T* y, I n, I channels, const Windows& win, const Strides4<I>& strides) {
     typedef typename Arithmetic<T>::type A;
     for (I at = (I)(blockIdx.x * blockDim.x + threadIdx.x); at < n; at += (I)(gridDim.x * blockDim.x)) {
-        const Place<I> place = place_of(at, channels, win.out);
+        const Place<I> place = place_along(at, channels, win.out, strides.y);
         A total = A(0);
         for (int i = 0; i < win.kernel[0]; ++i)
             for (int j = 0; j < win.kernel[1]; ++j) {
@@ -83,7 +83,7 @@ template <class T, class I>
 BRIM_FN void avg_pool_grad(const T* g, T* y, I n, I channels, const Windows& win, const Strides4<I>& strides) {
     typedef typename Arithmetic<T>::type A;
     for (I at = (I)(blockIdx.x * blockDim.x + threadIdx.x); at < n; at += (I)(gridDim.x * blockDim.x)) {
-        const Place<I> place = place_of(at, channels, win.size);
+        const Place<I> place = place_along(at, channels, win.size, strides.y);
         A total = A(0);
         for (int i = 0; i < win.kernel[0]; ++i)
             for (int j = 0; j < win.kernel[1]; ++j) {

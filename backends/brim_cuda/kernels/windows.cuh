@@ -12,6 +12,14 @@ template <class I> BRIM_FN Place<I> place_of(I at, I channels, const int* size) 
     const I row = at / size[1], plane = row / size[0], n = plane / channels;
     return Place<I>{n, plane - n * channels, (int)(row - plane * size[0]), (int)(at - row * size[1])};
 }
+// The at-th element of images, counted as they lie: channel by channel, or channels first where those lie side by side.
+template <class I> BRIM_FN Place<I> place_along(I at, I channels, const int* size, const I* strides) {
+    if (strides[1] >= strides[3]) return place_of(at, channels, size);
+    const I pixel = at / channels;
+    Place<I> place = place_of(pixel, (I)1, size);
+    place.c = at - pixel * channels;
+    return place;
+}
 template <class I> BRIM_FN I offset4(const I* strides, const Place<I>& p) {
     return p.n * strides[0] + p.c * strides[1] + p.h * strides[2] + p.w * strides[3];
 }
