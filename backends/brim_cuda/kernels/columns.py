@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from brim_cuda.launch import (
     BLOCK,
     C_TYPES,
     Call,
-    Kernel,
     Param,
     Place,
     Scratch,
@@ -100,58 +99,66 @@ class Mover:
     def _number(self, name: str, value: int) -> tuple[Param, Any]:
         return Param(name, self.index), self.index.type(value)
 
-    def _kernel(self, function: str, template: str, params: list[Param]) -> Kernel:
-        given = ", ".join(param.name for param in params)
+    def _call(
+        self,
+        body: Sequence[tuple[str, Sequence[tuple[Param, Any]]]],
+        blocks: int,
+        shared_bytes: int = 0,
+    ) -> Call:
+        """One launch of functions with these operands, one after the other; operands of one name are one."""
+        lines = [f"    {function}({', '.join(param.name for param, _ in operands)});" for function, operands in body]
+        given = {param: argument for _, operands in body for param, argument in operands}
+        name = body[-1][0].partition("<")[0]
         text = f"""extern "C" __global__ void __launch_bounds__({BLOCK}) NAME(PARAMS) {{
-    {function}{template}({given});
+{chr(10).join(lines)}
 }}
 """
-        return named_kernel(function, params, text, _INCLUDES)
-
-    def _call(
-        self, function: str, template: str, operands: list[tuple[Param, Any]], blocks: int, shared_bytes: int = 0
-    ) -> Call:
-        kernel = self._kernel(function, template, [param for param, _ in operands])
-        return Call(kernel, (blocks,), tuple(argument for _, argument in operands), shared_bytes=shared_bytes)
+        kernel = named_kernel(name, list(given), text, _INCLUDES)
+        return Call(kernel, (blocks,), tuple(given.values()), shared_bytes=shared_bytes)
 
     def filters(self) -> list[Call]:
-        """Packs the weight into scratch, where the plan wants it."""
+        """Packs the weight into scratch, where the plan wants it and no launch that unrolls does it."""
+        n, function, operands = self._packed()
+        return [self._call([(function, operands)], blocks_for(n))] if n and not self.plan.unroll else []
+
+    def _packed(self) -> tuple[int, str, list[tuple[Param, Any]]]:
+        """(elements, function, operands) of packing the weight; no elements where there is nothing to pack."""
         plan, w = self.plan, self.specs["w"]
         if not plan.filters:
-            return []
+            return 0, "", []
         assert plan.columns is not None
         flipped = plan.filters == "flipped"
         rows = (self.specs["x"].shape[1] if flipped else w.shape[0]) // plan.columns.groups
         n = rows * plan.columns.groups * plan.columns.length
-        return self._filters("pack_filters", f"{'true' if flipped else 'false'}", n, rows, ("w", w, self.places["w"]),
-                             ("filters", w, self.at("filters")))  # fmt: skip
+        function, template = "pack_filters", [plan.columns.window, plan.columns.by_element, flipped]
+        operands = [
+            (pointer("w", w.dtype, const=True), self.places["w"]),
+            (pointer("filters", w.dtype), self.at("filters")),
+            self._number("packed", n),
+            self._number("rows", rows),
+            self._packing(),
+        ]
+        return n, f"{function}<{', '.join(map(str, template)).lower()}>", operands
 
     def finish(self, out: Place) -> list[Call]:
         """Writes the gradient of the weight from where it was added up, where the plan did that elsewhere."""
         sums, w = self.plan.sums, self.specs["w"]
         if sums is None:
             return []
-        return self._filters("unpack_filters", "", w.size, 0, ("filters", sums, self.at("sums")), ("w", w, out))
-
-    def _filters(
-        self, function: str, more: str, n: int, rows: int, source: tuple[str, Spec, Place], to: tuple[str, Spec, Place]
-    ) -> list[Call]:
-        if n == 0:
-            return []
         columns = self.plan.columns
         window, by_element = (1, False) if columns is None else (columns.window, columns.by_element)
         packing, numbers = self._packing()
-        if columns is None:  # one product without columns for each chunk: only a conversion
-            numbers["channels"] = numbers["length"] = math.prod(self.specs["w"].shape[1:])
-        template = ", ".join(filter(None, (str(window), "true" if by_element else "false", more)))
+        if columns is None:  # only a conversion
+            numbers["channels"] = numbers["length"] = math.prod(w.shape[1:])
         operands = [
-            (pointer(source[0], source[1].dtype, const=True), source[2]),
-            (pointer(to[0], to[1].dtype), to[2]),
-            self._number("n", n),
-            self._number("rows", rows),
+            (pointer("filters", sums.dtype, const=True), self.at("sums")),
+            (pointer("w", w.dtype), out),
+            self._number("n", w.size),
+            self._number("rows", 0),
             (packing, numbers),
         ]
-        return [self._call(function, f"<{template}>", operands, blocks_for(n))]
+        function = f"unpack_filters<{window}, {str(by_element).lower()}>"
+        return [self._call([(function, operands)], blocks_for(w.size))] if w.size else []
 
     def before(self, chunk: ConvChunk) -> list[Call]:
         """Turns and unrolls the images of a chunk."""
@@ -163,7 +170,10 @@ class Mover:
         return self._roll(chunk) if self.plan.fold else []
 
     def _roll(self, chunk: ConvChunk) -> list[Call]:
-        """Unrolls into the columns of a chunk, or folds them; nothing where there is nothing to write."""
+        """Unrolls into the columns of a chunk, or folds them; nothing where there is nothing to write.
+
+        The launch that unrolls the first chunk packs the filters, too.
+        """
         columns, spec = self.plan.columns, self.specs[self.source]
         assert columns is not None
         pieces = PIECE_BYTES // spec.dtype.itemsize if columns.by_element else 1
@@ -193,7 +203,9 @@ class Mover:
         operands += [self._strides(spec)]
         if not folds:
             operands.append((Param("lanes", _INT), lanes))
-        return [self._call(function, template, operands, blocks_for(n * lanes))]
+        packed, pack, filters = self._packed() if not folds and chunk.first == 0 else (0, "", [])
+        body = [(pack, filters)] if packed else []
+        return [self._call([*body, (f"{function}{template}", operands)], blocks_for(n * lanes))]
 
     def _image(self, name: str, chunk: ConvChunk) -> Place:
         """Where the first image of a chunk starts."""
@@ -216,4 +228,4 @@ class Mover:
             self._strides(spec),
         ]
         shared_bytes = _SQUARE * (_SQUARE + 1) * spec.dtype.itemsize
-        return [self._call("turn", "", operands, blocks_for(n * BLOCK), shared_bytes)]
+        return [self._call([("turn", operands)], blocks_for(n * BLOCK), shared_bytes)]
