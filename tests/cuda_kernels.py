@@ -20,11 +20,13 @@ from brim_cuda.source import translation_unit
 from brim_cuda.steps import Steps
 from emulating import kernels_of, recorded
 from test_cuda_attention import attention_calls
+from test_cuda_attention_dropout import dropout_calls
+from test_cuda_attention_mma import mma_calls
 from test_cuda_composites import composite_calls
 from test_cuda_composites import works as composite_works
 from test_cuda_elementwise import random_formula, work_for
 
-__all__ = ["Compilation", "by_origin"]
+__all__ = ["Compilation", "by_origin", "most_registers"]
 
 PROFILE = "h100-80gb"
 
@@ -50,7 +52,7 @@ def by_origin() -> dict[str, list[Kernel]]:
     groups = {
         "table of ops": kernels_of([work for one in recorded() if (work := one.work()) is not None]),
         "composites": kernels_of(composite_works(composite_calls())),
-        "attention": kernels_of(composite_works(attention_calls())),
+        "attention": kernels_of(composite_works((*attention_calls(), *mma_calls(), *dropout_calls()))),
         "planned networks": of_planned_networks(),
         "random formulas": kernels_of([work_for(*random_formula(np.random.default_rng(seed))) for seed in range(10)]),
     }
@@ -67,7 +69,7 @@ class Compilation:
     Attributes:
         cubin: the code.
         log: what the compiler said.
-        registers, spill_bytes, stack_bytes: of each kernel.
+        registers, spill_bytes, stack_bytes: of each kernel, in the compiler's order, which ``names`` has.
         elapsed_s: how long it took.
     """
 
@@ -76,9 +78,18 @@ class Compilation:
         done = compile_cubin(translation_unit(kernels), arch, ["--ptxas-options=-v"])
         self.elapsed_s = time.perf_counter() - start_s
         self.cubin, self.log = done.cubin, done.log
+        self.names = re.findall(r"Compiling entry function '(\w+)'", done.log)
         self.registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.log)]
         self.spill_bytes = [int(n) for n in re.findall(r"(\d+) bytes spill stores", done.log)]
         self.stack_bytes = [int(n) for n in re.findall(r"(\d+) bytes stack frame", done.log)]
+
+
+def most_registers(kernel: Kernel) -> int:
+    """Registers that a thread may have: by the kernel's own launch bounds, else two blocks of 256 threads."""
+    bounds = re.search(r"__launch_bounds__\((\d+), (\d+)\)", kernel.source)
+    if bounds is None:
+        return 128
+    return min(255, 65536 // (int(bounds[1]) * int(bounds[2])) // 8 * 8)
 
 
 def main() -> int:

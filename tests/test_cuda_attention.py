@@ -40,6 +40,8 @@ SHAPES = (
     (34, 34, 48, 40), (20, 35, 80, 70),
 )  # fmt: skip
 NAN, INF = math.nan, math.inf
+TIMES = {"float32": 2.0, "float16": 4.0, "bfloat16": 4.0}
+"""Of the tolerance: on tensor cores, weights and slopes are rounded to half width, as operands."""
 
 Array = np.ndarray[Any, Any]
 
@@ -51,11 +53,15 @@ def operands(sizes: tuple[int, int, int, int], dtype: str = "float32", lead: tup
     return [rng.standard_normal((*lead, *shape)).astype(DTYPES[dtype]) for shape in ((T, D), (T, E), (S, E), (S, D))]
 
 
-def both_ways(g: Array, q: Array, k: Array, v: Array, *, causal: bool, scale: float = 0.3) -> tuple[Recorded, Recorded]:
-    """The calls of attention and of its gradient, with what their bodies give in float64."""
-    forward = call_of("attention", [q, k, v], causal=causal, scale=scale)
+def both_ways(
+    g: Array, q: Array, k: Array, v: Array, *, causal: bool, scale: float = 0.3, **how: Any
+) -> tuple[Recorded, Recorded]:  # fmt: skip
+    """The calls of attention and of its gradient, with what their bodies give in float64; with `p`, weights dropped."""
+    name, draw = ("attention_dropout", (5, 9)) if "p" in how else ("attention", ())
+    how |= {"causal": causal, "scale": scale}
+    forward = call_of(name, [q, k, v, *draw], **how)
     y, logs = forward.wrote[0].astype(q.dtype), forward.wrote[1].astype(np.float32)
-    return forward, call_of("attention_grad", [g, q, k, v, y, logs], causal=causal, scale=scale)
+    return forward, call_of(f"{name}_grad", [g, q, k, v, y, logs, *draw], **how)
 
 
 def _calls() -> Iterator[Recorded]:
@@ -90,16 +96,17 @@ def loader_of(order: int) -> EmulationLoader:
 def test_kernels_equal_the_bodies_and_the_order_of_threads_does_not_matter(order: int) -> None:
     for one in attention_calls():
         found = emulated(loader_of(order), one)
-        close(found, one, 2.0)
+        close(found, one, TIMES[one.ins[0].dtype.name])
         if order:
             assert all(map(same_bits, found, emulated(loader_of(0), one))), str(one)
 
 
 @needs_compiler
-def test_operands_and_gradients_lie_anywhere() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_operands_and_gradients_lie_anywhere(dtype: str) -> None:
     """Heads as a projection wrote them, every other row, backwards, one key and value for all heads."""
     rng, loader = np.random.default_rng(0), loader_of(17)
-    joined = rng.standard_normal((2, 37, 3, 3, 16)).astype(np.float32)  # (batch, T, which, heads, numbers)
+    joined = rng.standard_normal((2, 37, 3, 3, 16)).astype(DTYPES[dtype])  # (batch, T, which, heads, numbers)
     q, k, v = (joined[:, :, which].transpose(0, 2, 1, 3) for which in range(3))
     g = np.repeat(q, 2, axis=2)[:, :, ::-2]
     shared = (np.broadcast_to(x[:, :1], x.shape) for x in (k, v))
@@ -108,10 +115,10 @@ def test_operands_and_gradients_lie_anywhere() -> None:
             work = one.work()
             assert work is not None
             assert not any(work.contiguous[:5]), "nothing is copied first"
-            close(emulated(loader, one), one, 2.0)
+            close(emulated(loader, one), one, TIMES[dtype])
             heads_inside = [Spec(o.shape, o.dtype, _heads_inside(o.shape)) if o.ndim == 4 else o for o in one.outs]
             other = Recorded(one.op, one.ins, tuple(heads_inside), one.params, one.given, one.wrote)
-            close(emulated(loader, other), other, 2.0)
+            close(emulated(loader, other), other, TIMES[dtype])
 
 
 def _heads_inside(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -121,10 +128,11 @@ def _heads_inside(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
-def test_extremes_are_what_the_body_gives(causal: bool) -> None:
+def test_extremes_are_what_the_body_gives(causal: bool, dtype: str) -> None:
     """Scores of +-inf and NaN, whole tiles of -inf, and numbers that e^x cannot hold."""
-    g, q, k, v = operands((70, 70, 3, 4), lead=())
+    g, q, k, v = operands((150, 150, 3, 4), dtype, lead=())
     for where, what in ((slice(0, 40), -INF), (slice(50, 51), INF), (slice(60, 61), NAN), (slice(3, 9), 200.0)):
         keys, queries = k.copy(), q.copy()
         keys[where, 0], queries[:, 0] = what, np.abs(queries[:, 0]) + 1
@@ -192,9 +200,9 @@ def _launches(q: Spec, k: Spec, v: Spec, **how: Any) -> list[Call]:
 
 
 def test_shared_memory_is_what_every_gpu_gives() -> None:
-    for numbers in range(1, 129):
-        x = Spec((2, 50, numbers))
-        assert max(call.shared_bytes for call in _launches(x, x, x)) <= 48 << 10, numbers
+    for numbers, dtype in itertools.product(range(1, 129), ("float32", *HALVES)):
+        x = Spec((2, 50, numbers), DTYPES[dtype])
+        assert max(call.shared_bytes for call in _launches(x, x, x)) <= 48 << 10, (numbers, dtype)
 
 
 @pytest.mark.parametrize("lead", [(2**20, 2**10), (2**31,)], ids=str)
@@ -202,7 +210,7 @@ def test_grids_of_huge_arrays_stay_within_the_limits(lead: tuple[int, ...]) -> N
     x = Spec((*lead, 3, 5))
     for call in _launches(x, x, x):
         assert call.blocks[0] < 2**31
-        assert {p.dtype for p in call.kernel.params if p.name == "tiles"} == {DTYPES["int64"]}
+        assert {p.dtype for p in call.kernel.params if p.name in ("tiles", "rows")} == {DTYPES["int64"]}
 
 
 def test_what_no_kernel_is_for_is_left_to_the_body() -> None:
@@ -303,17 +311,17 @@ def _ops_of(fn: Any, place: Any, *specs: Any) -> list[str]:
 
 
 @pytest.mark.emulated
-def test_masks_dropout_and_other_dtypes_take_the_products() -> None:
+def test_masks_and_other_dtypes_take_the_products() -> None:
     x, wide, mask = spec((2, 9, 4)), spec((2, 9, 4), "float64"), spec((9, 9), "bool")
     found = _ops_of(_step(F.scaled_dot_product_attention, True), device(), x, x, x)
     assert found.count("attention") == found.count("attention_grad") == 1
     assert "matmul" not in found
     with_mask = _ops_of(lambda q, m: F.scaled_dot_product_attention(q, q, q, m), device(), x, mask)
-    with_dropout = _ops_of(lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), device(), x)
+    all_dropped = _ops_of(lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=1.0), device(), x)
     in_double = _ops_of(lambda q: F.scaled_dot_product_attention(q, q, q), device(), wide)
-    for other in (with_mask, with_dropout, in_double):
+    for other in (with_mask, all_dropped, in_double):
         assert other.count("matmul") + other.count("matmul_epilogue") == 2
-        assert "attention" not in other
+        assert not {"attention", "attention_dropout"} & set(other)
     with brim.autocast("bfloat16"):
         assert "attention" in _ops_of(lambda q: F.scaled_dot_product_attention(q, q, q), device(), x)
 

@@ -1,10 +1,10 @@
 """Products on a warp's tensor cores, emulated: which lane holds what, against the layouts that NVIDIA documents.
 
-The emulation and the wrappers in ``mma.cuh`` were written from the same reading of the PTX ISA, so a mistake
-in it could cancel out: the emulated loads and the emulated product could agree with each other and not with a GPU.
-Therefore each instruction is tested by itself: single lanes' registers are given and read here, and where they belong
-is taken from CuTe's layouts of the same instructions (CUTLASS, include/cute/atom/mma_traits_sm80.hpp), which state
-them in another form: strides over lane and value. Matrices are asymmetric and no two elements of one are alike.
+The emulation and the wrappers in ``mma.cuh`` were written from the same reading of the PTX ISA, so a mistake in it
+could cancel out: the emulated loads and the emulated product could agree with each other and not with a GPU. Therefore
+each instruction is tested by itself: single lanes' registers are given and read here, and where they belong is taken
+from CuTe's layouts of the same instructions (CUTLASS, include/cute/atom/mma_traits_sm80.hpp), which state them in
+another form: strides over lane and value. Matrices are asymmetric and no two elements of one are alike.
 """
 
 from __future__ import annotations

@@ -14,13 +14,13 @@ from brim_cuda.launch import named_kernel, pointer
 from brim_cuda.nvrtc import NvrtcError, compile_cubin, compile_ptx, find_nvrtc, nvrtc_version
 from brim_cuda.registry import KERNELS, work_of
 from brim_cuda.source import translation_unit
-from cuda_kernels import Compilation, by_origin
+from cuda_kernels import Compilation, by_origin, most_registers
 from emulating import kernels_of, recorded
 from test_cuda_attention import attention_calls
+from test_cuda_attention_dropout import dropout_calls
 from test_cuda_composites import composite_calls
 
 needs_nvrtc = pytest.mark.skipif(find_nvrtc() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc-cu12")
-MAX_REGISTERS = 128  # two blocks of 256 threads on a multiprocessor with 65536
 MAX_SPILL_BYTES = 16
 
 
@@ -28,13 +28,19 @@ MAX_SPILL_BYTES = 16
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_every_kernel_compiles(arch: str) -> None:
     kernels = [kernel for group in by_origin().values() for kernel in group]
-    called = {one.op.name for one in (*recorded(), *composite_calls(), *attention_calls()) if one.work() is not None}
+    calls = (*recorded(), *composite_calls(), *attention_calls(), *dropout_calls())
+    called = {one.op.name for one in calls if one.work() is not None}
     assert called >= set(KERNELS) - set(TESTED_ELSEWHERE)
     made = Compilation(kernels, arch)
     assert made.cubin.startswith(b"\x7fELF")
     assert all(kernel.name.encode() in made.cubin for kernel in kernels)
     assert len(made.registers) == len(kernels)
-    assert max(made.registers) <= MAX_REGISTERS
+    ceilings = {kernel.name: most_registers(kernel) for kernel in kernels}
+    assert sorted(made.names) == sorted(ceilings)
+    assert not [name for name, used in zip(made.names, made.registers, strict=True) if used > ceilings[name]]
+    assert {name.split("_mma_")[0] for name, most in ceilings.items() if most > 128} == {
+        "attention", "attention_grad_queries", "attention_grad_keys"
+    }  # fmt: skip
     assert max(made.spill_bytes) <= MAX_SPILL_BYTES
     assert "warning" not in made.log
 

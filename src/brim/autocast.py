@@ -35,7 +35,7 @@ __all__ = ["FLOAT32", "KEPT", "LOW", "WIDEST", "Casts", "as_one", "autocast", "n
 # - The table is the same on all devices; PyTorch's differs between CUDA and the CPU.
 
 LOW = frozenset((
-    "matmul", "conv2d", "attention",
+    "matmul", "conv2d", "attention", "attention_dropout",
     # functions
     "linear", "scaled_dot_product_attention",
 ))  # fmt: skip
@@ -77,7 +77,7 @@ KEPT = frozenset((
     # only called by backward formulas and optimizers, where autocast is off
     "conv2d_grad_input", "conv2d_grad_weight", "max_pool2d_grad", "avg_pool2d_grad",
     "softmax_grad", "log_softmax_grad", "causal_softmax_grad", "logsumexp_grad", "cross_entropy_grad",
-    "batch_norm_grad", "layer_norm_grad", "attention_grad",
+    "batch_norm_grad", "layer_norm_grad", "attention_grad", "attention_dropout_grad",
     "sgd_update", "sgd_momentum_update", "adam_update", "amsgrad_update", "rmsprop_update", "rmsprop_plain_update",
     "rmsprop_centered_update",
     # made by the passes over a traced program, which autocast has gone through already

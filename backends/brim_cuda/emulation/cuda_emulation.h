@@ -275,6 +275,10 @@ static int start(void (*kernel)(A...), void** arguments, const unsigned* sizes, 
 
 // ------------------------------------------------------------------------------------------------ warp primitives
 
+struct Warp {
+    const char* site;
+    void meet(unsigned mask = 0xffffffffu) const { wait(AT_WARP, site, mask); }
+};
 template <class T> static T exchange(const char* site, unsigned mask, T value, unsigned source) {
     static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
     const unsigned warp = current->linear / 32, lane = current->linear % 32;
@@ -367,7 +371,7 @@ static void clear_votes() {
 #define warpSize 32
 #define DYN_SHARED(T, name) T* name = reinterpret_cast<T*>(emulation::shared)
 #define __syncthreads() emulation::wait(emulation::AT_BLOCK, EMULATION_SITE, 0)
-#define __syncwarp(...) emulation::wait(emulation::AT_WARP, EMULATION_SITE, (0xffffffffu, ##__VA_ARGS__))
+#define __syncwarp(...) emulation::Warp{EMULATION_SITE}.meet(__VA_ARGS__)
 #define __shfl_sync(...) emulation::shuffle(EMULATION_SITE, __VA_ARGS__)
 #define __shfl_xor_sync(...) emulation::shuffle_xor(EMULATION_SITE, __VA_ARGS__)
 #define __shfl_down_sync(...) emulation::shuffle_down(EMULATION_SITE, __VA_ARGS__)

@@ -9,25 +9,6 @@
 
 constexpr int OWN = 32, DOWN = 8, ACROSS = 16, EACH_ROW = OWN / DOWN, ATTENTION_THREADS = DOWN * ACROSS;
 
-// Of N arrays (..., rows, numbers): elements from row to row and from number to number.
-template <class I, int N> struct Attended {
-    I queries, keys, depth, width;  // q and k have `depth` numbers a row, v and y have `width`
-    I down[N], right[N];
-};
-
-template <class I, int N, int DIM> struct Starts {
-    I at[N];
-    BRIM_FN Starts(const Walk<I, N, DIM>& batch, I number) {
-        for (int n = 0; n < N; ++n) at[n] = 0;
-#pragma unroll
-        for (int d = DIM - 1; d >= 0; --d) {
-            const I next = number / batch.shape[d], place = number - next * batch.shape[d];
-            for (int n = 0; n < N; ++n) at[n] += place * batch.stride[n][d];
-            number = next;
-        }
-    }
-};
-
 BRIM_FN int own_row(int i) { return (int)threadIdx.x / ACROSS + i * DOWN; }
 BRIM_FN int own_column(int j) { return (int)threadIdx.x % ACROSS + j * ACROSS; }
 
@@ -109,19 +90,41 @@ BRIM_FN void write_rows(const float (&total)[EACH_ROW][W / ACROSS], Y* y, I firs
         }
 }
 
+// For the owned queries and a tile of keys: bit number row * TILE + column says whether the weight is kept.
+template <int TILE, class I> BRIM_FN void draw_rows(unsigned char* kept, const Dropout& how, u64 first_row, I keys, I s0) {
+    for (int n = (int)threadIdx.x; n < OWN * TILE / 8; n += ATTENTION_THREADS) {
+        const u64 row = first_row + (u64)(n / (TILE / 8));
+        kept[n] = (unsigned char)kept_of_eight(how, row * (u64)keys + (u64)s0 + (u64)(n % (TILE / 8) * 8));
+    }
+}
+// For the owned keys and a tile of queries: bit number column * OWN + row.
+template <int TILE, class I>
+BRIM_FN void draw_columns(unsigned char* kept, const Dropout& how, u64 first_row, I keys, I s0) {
+    for (int n = (int)threadIdx.x; n < TILE * OWN / 8; n += ATTENTION_THREADS) {
+        const u64 row = first_row + (u64)(n / (OWN / 8));
+        kept[n] = (unsigned char)kept_of_eight(how, row * (u64)keys + (u64)s0 + (u64)(n % (OWN / 8) * 8));
+    }
+}
+template <int TILE, class I> BRIM_FN void draw_rows(unsigned char*, const AllKept&, u64, I, I) {}
+template <int TILE, class I> BRIM_FN void draw_columns(unsigned char*, const AllKept&, u64, I, I) {}
+template <class Kept> BRIM_FN bool stays(const unsigned char* kept, int bit) {
+    return !Kept::ACTIVE || (kept[bit / 8] >> bit % 8 & 1);
+}
+
 template <int W> BRIM_FN void clear(float (&total)[EACH_ROW][W / ACROSS]) {
     for (int i = 0; i < EACH_ROW; ++i)
         for (int j = 0; j < W / ACROSS; ++j) total[i][j] = 0.0f;
 }
 
 // q, k, v -> y and, of each query, the logarithm of the sum of e^score (NaN if the largest score is infinite).
-template <bool CAUSAL, int W, int TILE, class X, class I, int DIM>
+template <bool CAUSAL, int W, int TILE, class X, class Kept, class I, int DIM>
 BRIM_FN void attention(
     const X* q, const X* k, const X* v, X* y, float* logs, I tiles, float scale, const Attended<I, 4>& m,
-    const Walk<I, 4, DIM>& batch) {
+    const Walk<I, 4, DIM>& batch, const Kept& how) {
     DYN_SHARED(float, own);
     float* const tile = own + OWN * (W + 1);
     float* const weights = tile + TILE * (W + 1);
+    unsigned char* const kept = (unsigned char*)(weights + OWN * (TILE + 1));
     const I across = (m.queries + OWN - 1) / OWN;
     for (I number = (I)blockIdx.x; number < tiles; number += (I)gridDim.x) {
         const I matrix = number / across, t0 = (number - matrix * across) * OWN;
@@ -135,6 +138,7 @@ BRIM_FN void attention(
             const auto seen = [&](int i, int j) { return s0 + j < m.keys && (!CAUSAL || s0 + j <= t0 + i); };
             float found[EACH_ROW][TILE / ACROSS];
             read_rows<TILE, W>(k + start.at[1], tile, s0, m.keys, m.depth, m.down[1], m.right[1]);
+            draw_rows<TILE>(kept, how, (u64)matrix * (u64)m.queries + (u64)t0, m.keys, s0);
             __syncthreads();
             row_products<W, TILE>(own, tile, found);
 #pragma unroll
@@ -152,7 +156,7 @@ BRIM_FN void attention(
                 for (int j = 0; j < TILE / ACROSS; ++j) {
                     const int column = own_column(j);
                     const float weight = seen(row, column) ? s::exp(s::sub(found[i][j], base)) : 0.0f;
-                    weights[row * (TILE + 1) + column] = weight;
+                    weights[row * (TILE + 1) + column] = stays<Kept>(kept, row * TILE + column) ? weight : 0.0f;
                     added = s::add(added, weight);
                 }
                 const float shrunk = s::exp(s::sub(top[i], base));
@@ -176,7 +180,10 @@ BRIM_FN void attention(
             if (!s::isfinite(top[i])) sum[i] = not_a_number<float>();
             if (t < m.queries && own_column(0) == 0) logs[matrix * m.queries + t] = s::add(top[i], s::log(sum[i]));
 #pragma unroll
-            for (int j = 0; j < W / ACROSS; ++j) total[i][j] = s::div(total[i][j], sum[i]);
+            for (int j = 0; j < W / ACROSS; ++j) {
+                total[i][j] = s::div(total[i][j], sum[i]);
+                if constexpr (Kept::ACTIVE) total[i][j] = s::mul(total[i][j], how.factor);
+            }
         }
         write_rows<W>(total, y + start.at[3], t0, m.queries, m.width, m.down[3], m.right[3]);
         __syncthreads();
@@ -202,14 +209,15 @@ BRIM_FN void attention_row_sums(
 }
 
 // g, q, k, v -> the gradient of q.
-template <bool CAUSAL, int W, int TILE, class X, class I, int DIM>
+template <bool CAUSAL, int W, int TILE, class X, class Kept, class I, int DIM>
 BRIM_FN void attention_grad_queries(
     const X* g, const X* q, const X* k, const X* v, const float* logs, const float* sums, X* dq, I tiles, float scale,
-    const Attended<I, 5>& m, const Walk<I, 5, DIM>& batch) {
+    const Attended<I, 5>& m, const Walk<I, 5, DIM>& batch, const Kept& how) {
     DYN_SHARED(float, own);
     float* const given = own + OWN * (W + 1);
     float* const tile = given + OWN * (W + 1);
     float* const slopes = tile + TILE * (W + 1);
+    unsigned char* const kept = (unsigned char*)(slopes + OWN * (TILE + 1));
     const I across = (m.queries + OWN - 1) / OWN;
     for (I number = (I)blockIdx.x; number < tiles; number += (I)gridDim.x) {
         const I matrix = number / across, t0 = (number - matrix * across) * OWN;
@@ -228,6 +236,7 @@ BRIM_FN void attention_grad_queries(
             const auto seen = [&](int i, int j) { return s0 + j < m.keys && (!CAUSAL || s0 + j <= t0 + i); };
             float slope[EACH_ROW][TILE / ACROSS], found[EACH_ROW][TILE / ACROSS];
             read_rows<TILE, W>(v + start.at[3], tile, s0, m.keys, m.width, m.down[3], m.right[3]);
+            draw_rows<TILE>(kept, how, (u64)matrix * (u64)m.queries + (u64)t0, m.keys, s0);
             __syncthreads();
             row_products<W, TILE>(given, tile, slope);
             __syncthreads();
@@ -240,7 +249,10 @@ BRIM_FN void attention_grad_queries(
                 for (int j = 0; j < TILE / ACROSS; ++j) {
                     const int row = own_row(i), column = own_column(j);
                     const float weight = s::exp(s::sub(s::mul(found[i][j], scale), log_sum[i]));
-                    const float back = s::mul(s::mul(weight, s::sub(slope[i][j], row_sum[i])), scale);
+                    float back = slope[i][j];
+                    if constexpr (Kept::ACTIVE)
+                        back = stays<Kept>(kept, row * TILE + column) ? s::mul(back, how.factor) : 0.0f;
+                    back = s::mul(s::mul(weight, s::sub(back, row_sum[i])), scale);
                     slopes[row * (TILE + 1) + column] = seen(row, column) ? back : 0.0f;
                 }
             __syncthreads();
@@ -257,15 +269,16 @@ BRIM_FN void attention_grad_queries(
 
 // g, q, k, v -> the gradients of k and v. A tile of queries is read twice: three tiles would not fit in shared memory,
 // nor would two copies of the loops, asked and not asked, in registers.
-template <bool CAUSAL, int W, int TILE, class X, class I, int DIM>
+template <bool CAUSAL, int W, int TILE, class X, class Kept, class I, int DIM>
 BRIM_FN void attention_grad_keys(
     const X* g, const X* q, const X* k, const X* v, const float* logs, const float* sums, X* dk, X* dv, I tiles,
-    float scale, const Attended<I, 6>& m, const Walk<I, 6, DIM>& batch) {
+    float scale, const Attended<I, 6>& m, const Walk<I, 6, DIM>& batch, const Kept& how) {
     DYN_SHARED(float, own);
     float* const values = own + OWN * (W + 1);
     float* const tile = values + OWN * (W + 1);
     float* const weights = tile + TILE * (W + 1);
     float* const slopes = weights + OWN * (TILE + 1);
+    unsigned char* const kept = (unsigned char*)(slopes + OWN * (TILE + 1));
     const I across = (m.keys + OWN - 1) / OWN;
     for (I number = (I)blockIdx.x; number < tiles; number += (I)gridDim.x) {
         const I matrix = number / across, s0 = (number - matrix * across) * OWN;
@@ -283,6 +296,7 @@ BRIM_FN void attention_grad_keys(
             const auto take = [&](int i, int j) { return ahead + i <= j; };
             float found[EACH_ROW][TILE / ACROSS];
             read_rows<TILE, W>(q + start.at[1], tile, t0, m.queries, m.depth, m.down[1], m.right[1]);
+            draw_columns<TILE>(kept, how, (u64)matrix * (u64)m.queries + (u64)t0, m.keys, s0);
             __syncthreads();
             row_products<W, TILE>(own, tile, found);
 #pragma unroll
@@ -308,10 +322,17 @@ BRIM_FN void attention_grad_keys(
                 for (int i = 0; i < EACH_ROW; ++i) {
                     const int row = own_row(i);
                     const float weight = weights[row * (TILE + 1) + column];  // this thread's own
-                    const float back = s::mul(s::mul(weight, s::sub(found[i][j], row_sum)), scale);
+                    float back = found[i][j];
+                    if constexpr (Kept::ACTIVE) {
+                        const bool kept_here = stays<Kept>(kept, column * OWN + row);
+                        back = kept_here ? s::mul(back, how.factor) : 0.0f;
+                        weights[row * (TILE + 1) + column] = kept_here ? s::mul(weight, how.factor) : 0.0f;
+                    }
+                    back = s::mul(s::mul(weight, s::sub(back, row_sum)), scale);
                     slopes[row * (TILE + 1) + column] = seen(row, column) ? back : 0.0f;
                 }
             }
+            if constexpr (Kept::ACTIVE) __syncthreads();  // the weights were changed
             add_rows<CAUSAL, W, TILE>(values_total, weights, tile, take);
             __syncthreads();
             read_rows<TILE, W>(q + start.at[1], tile, t0, m.queries, m.depth, m.down[1], m.right[1]);

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from brim import nn, ops
+from brim import nn, ops, random
 from brim.creation import arange
 from brim.errors import ShapeError
 from brim.nn import functional as F
@@ -47,11 +47,11 @@ class Attention(nn.Module):
         D = width // self.heads
         heads = ops.permute_dims(self.c_attn(x).reshape((B, T, 3, self.heads, D)), (2, 0, 3, 1, 4))
         q, k, v = heads[0], heads[1], heads[2]  # (B, heads, T, D)
+        how: dict[str, Any] = {}
         if self.training and self.dropout:
-            weights = ops.causal_softmax(q @ k.mT, scale=1.0 / math.sqrt(D), visible=visible)
-            found = F.dropout(weights, self.dropout) @ v
-        else:
-            found = ops.attention(q, k, v, causal=True, visible=visible)
+            how["seed"], how["counter"] = random.next_counter()
+            how["dropout_p"] = self.dropout
+        found = ops.attention(q, k, v, causal=True, visible=visible, **how)
         joined = ops.permute_dims(found, (0, 2, 1, 3)).reshape((B, T, width))
         return F.dropout(self.c_proj(joined), self.dropout, self.training)
 

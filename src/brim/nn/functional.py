@@ -115,8 +115,8 @@ def scaled_dot_product_attention(
 ) -> Any:
     """``softmax(query @ key.mT * scale) @ value``.
 
-    Without a mask and without dropout it is ``ops.attention``, which stores no (L, S) scores where the backend has a
-    kernel for it (on CUDA: float32, float16, bfloat16, E and D up to 128). With either, scores and weights are stored.
+    Without a mask it is ``ops.attention``, which stores no (L, S) scores where the backend has a kernel for it (on
+    CUDA: float32, float16, bfloat16, E and D up to 128), with dropout or without. With a mask they are stored.
 
     Source: A. Vaswani et al., "Attention is all you need", NeurIPS 2017.
 
@@ -124,7 +124,8 @@ def scaled_dot_product_attention(
         query: (..., L, E).
         key, value: (..., S, E) and (..., S, D).
         attn_mask: broadcasts to (..., L, S): bools, True where a query sees a key; or numbers that are added.
-        dropout_p: share of the weights that is dropped, also in evaluation: pass 0 there.
+        dropout_p: share of the weights that is dropped, also in evaluation: pass 0 there. Takes one draw of the global
+            counter.
         is_causal: query l sees the keys up to l; not with attn_mask.
         scale: 1/sqrt(E) when None.
 
@@ -133,29 +134,26 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise ValueError("attention is either causal or has a mask: pass is_causal=True or attn_mask, not both")
-    if attn_mask is None and dropout_p == 0.0:
-        return ops.attention(query, key, value, causal=is_causal, scale=scale)
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    scores = query @ key.mT
-    if is_causal:
-        weights = ops.causal_softmax(scores, scale=factor)
-    else:
-        scores = scores * factor
-        if attn_mask is not None:
-            seen = attn_mask.dtype.kind == "b"
-            scores = ops.where(attn_mask, scores, -math.inf) if seen else scores + attn_mask
-        weights = ops.softmax(scores)
+    if attn_mask is None:
+        draw = _draw_for_dropout(dropout_p)
+        return ops.attention(query, key, value, causal=is_causal, scale=scale, dropout_p=dropout_p, **draw)
+    scores = (query @ key.mT) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale))
+    seen = attn_mask.dtype.kind == "b"
+    weights = ops.softmax(ops.where(attn_mask, scores, -math.inf) if seen else scores + attn_mask)
     return dropout(weights, dropout_p) @ value
 
 
 def dropout(x: Any, p: float = 0.5, training: bool = True) -> Any:
     """Each element zero with probability p, else divided by 1 - p. Takes one draw of the global counter in training."""
+    draw = _draw_for_dropout(p, training)
+    return ops.dropout(x, p=p, **draw) if draw else x
+
+
+def _draw_for_dropout(p: float, training: bool = True) -> dict[str, Any]:
+    """``seed`` and ``counter`` of a new draw; none where nothing is dropped. Raises ValueError: p is not in [0, 1]."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability must be in [0, 1], got {p}")
-    if not training or p == 0.0:
-        return x
-    seed, counter = random.next_counter()
-    return ops.dropout(x, seed, counter, p=p)
+    return dict(zip(("seed", "counter"), random.next_counter(), strict=True)) if training and p else {}
 
 
 def batch_norm(

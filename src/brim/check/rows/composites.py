@@ -56,6 +56,33 @@ def _with_result(g: Any, q: Any, k: Any, v: Any, **how: Any) -> Any:
     return REGISTRY["attention_grad"](g, q, k, v, *REGISTRY["attention"](q, k, v, **how), **how)
 
 
+def _kept(shape: tuple[int, ...], p: float) -> Any:
+    """Which weights brim's dropout keeps under seed 7 and counter 3, divided by 1 - p."""
+    draws = np.random.Generator(np.random.Philox(counter=[0, 0, 3, 0], key=[7, 0]))
+    return (draws.random(shape, dtype=np.float32) >= np.float32(p)) / (1.0 - p)
+
+
+def _attention_dropout(q: Any, k: Any, v: Any, *, causal: bool, scale: float, p: float) -> Any:
+    scores = _attention_scores(q, k, causal, scale)
+    return (_softmax(scores, -1) * _kept(scores.shape, p)) @ v, np.log(np.exp(scores).sum(-1))
+
+
+def _attention_dropout_grad(g: Any, q: Any, k: Any, v: Any, *, causal: bool, scale: float, p: float) -> Any:
+    weights = _softmax(_attention_scores(q, k, causal, scale), -1)
+    kept = _kept(weights.shape, p)
+    slopes = kept * (g @ np.swapaxes(v, -1, -2))
+    slopes = weights * (slopes - (weights * slopes).sum(-1, keepdims=True)) * scale
+    return slopes @ k, np.swapaxes(slopes, -1, -2) @ q, np.swapaxes(weights * kept, -1, -2) @ g
+
+
+def _dropped(q: Any, k: Any, v: Any, **how: Any) -> Any:
+    return REGISTRY["attention_dropout"](q, k, v, 7, 3, **how)
+
+
+def _dropped_with_result(g: Any, q: Any, k: Any, v: Any, **how: Any) -> Any:
+    return REGISTRY["attention_dropout_grad"](g, q, k, v, *_dropped(q, k, v, **how), 7, 3, **how)
+
+
 def _targets(x: Any, index: Any, ignore_index: int, smoothing: float) -> Any:
     """(N, C): what the classes are to have, 0 in rows that are ignored."""
     hit = np.arange(x.shape[1]) == index[:, None]
@@ -173,6 +200,32 @@ ROWS = [
             how,
             call=_with_result,
             covers=("attention_grad",),
+            tolerance=LOOSE,
+            big=(_HEADS,) * 4,
+        )
+        for keys, how in ((3, _CAUSAL), (5, _ALL))
+    ),
+    *(
+        Row(
+            "attention_dropout",
+            (In((2, 3, 4)), In((2, keys, 4)), In((2, keys, 5))),
+            _attention_dropout,
+            {**how, "p": 0.3},
+            call=_dropped,
+            covers=("attention_dropout",),
+            tolerance=LOOSE,
+            big=(_HEADS,) * 3,
+        )
+        for keys, how in ((3, _CAUSAL), (5, _ALL))
+    ),
+    *(
+        Row(
+            "attention_dropout_grad",
+            (In((2, 6, 5)), In((2, 6, 4)), In((2, keys, 4)), In((2, keys, 5))),
+            _attention_dropout_grad,
+            {**how, "p": 0.3},
+            call=_dropped_with_result,
+            covers=("attention_dropout_grad",),
             tolerance=LOOSE,
             big=(_HEADS,) * 4,
         )
