@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +21,7 @@ from brim_cuda.source import translation_unit
 from brim_cuda.steps import Steps
 from emulating import kernels_of, recorded
 from test_cuda_attention import attention_calls
-from test_cuda_attention_dropout import dropout_calls
-from test_cuda_attention_mma import mma_calls
+from test_cuda_attention_mma import launches
 from test_cuda_composites import composite_calls
 from test_cuda_composites import works as composite_works
 from test_cuda_elementwise import random_formula, work_for
@@ -47,18 +47,28 @@ def of_planned_networks() -> list[Kernel]:
     return list(found)
 
 
+def of_attention() -> list[Kernel]:
+    """Of attention: those for tensor cores take the compiler half a second each, so a few of every kind."""
+    few: list[tuple[str, int, dict[str, Any]]] = [
+        ("float16", 64, {"causal": True}), ("bfloat16", 128, {"causal": False}), ("float32", 64, {"tf32": True}),
+        ("float16", 24, {"p": 0.1}), ("bfloat16", 128, {"p": 0.1}), ("float32", 64, {"p": 0.1, "causal": False}),
+    ]  # fmt: skip
+    found = kernels_of(composite_works(attention_calls()))
+    return found + [call.kernel for dtype, numbers, how in few for call in launches(dtype, numbers, **how)]
+
+
 def by_origin() -> dict[str, list[Kernel]]:
     """Kernels by what needs them, each under the first that does."""
     groups = {
         "table of ops": kernels_of([work for one in recorded() if (work := one.work()) is not None]),
         "composites": kernels_of(composite_works(composite_calls())),
-        "attention": kernels_of(composite_works((*attention_calls(), *mma_calls(), *dropout_calls()))),
+        "attention": of_attention(),
         "planned networks": of_planned_networks(),
         "random formulas": kernels_of([work_for(*random_formula(np.random.default_rng(seed))) for seed in range(10)]),
     }
     seen: set[Kernel] = set()
     for name, kernels in groups.items():
-        groups[name] = [kernel for kernel in kernels if kernel not in seen]
+        groups[name] = [kernel for kernel in dict.fromkeys(kernels) if kernel not in seen]
         seen.update(kernels)
     return groups
 
