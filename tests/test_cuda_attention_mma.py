@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -10,13 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+import brim
+from brim.nn import functional as F
 from brim.op import REGISTRY
+from brim.precision import float32_products
+from brim.program.compile import plan, spec
 from brim.spec import DTYPES, Spec
 from brim_cuda.emulation import EmulationLoader
 from brim_cuda.launch import Call, Kernel
 from brim_cuda.nvrtc import compile_cubin, compile_ptx, find_nvrtc
 from brim_cuda.registry import work_of
 from brim_cuda.source import translation_unit
+from emulated import device
 from emulating import WHY_NOT, Recorded, emulated, kernels_of, same_bits
 from test_cuda_attention import TIMES, both_ways, operands
 from test_cuda_composites import close, works
@@ -109,6 +115,22 @@ def test_half_width_takes_the_tensor_cores_and_float32_in_full_does_not() -> Non
         assert [("_mma_" in name) for name in names] == [on_them, False, on_them, on_them], (dtype, scale)
 
 
+@pytest.mark.emulated
+def test_the_precision_of_float32_products_is_that_of_attention() -> None:
+    x = spec((2, 9, 4))
+    for name, wanted in (("full", False), ("tf32", True)):
+        with float32_products(name):
+            (program,) = plan(lambda q: F.scaled_dot_product_attention(q, q, q), x, device=device()).programs
+        params = [one.params for one in program.prepared.program.instructions if one.op.name == "attention"]
+        assert [one.get("tf32", False) for one in params] == [wanted]
+    given = [operands((40, 40, 16, 16))[n] for n in (1, 2, 3)]
+    found = []
+    for name in ("full", "tf32"):
+        with float32_products(name):
+            found.append(F.scaled_dot_product_attention(*(brim.asarray(a, device=device()) for a in given)).numpy())
+    assert 1e-6 < np.abs(found[0] - found[1]).max() < 1e-2
+
+
 @needs_nvrtc
 def test_the_compiler_is_given_products_for_tensor_cores() -> None:
     for dtype in ("float16", "bfloat16"):
@@ -119,6 +141,35 @@ def test_the_compiler_is_given_products_for_tensor_cores() -> None:
         assert _products(keys.kernel) == 2 * 4 * 2 + 2 * 8
     assert _products(launches("float32", 64)[0].kernel) == 0
     assert _products(launches("float32", 64, tf32=True)[0].kernel) == 8 * 4 + 4 * 8
+
+
+def _opcodes(cubin: bytes) -> list[int]:
+    """The lowest 12 bits of every instruction (16 bytes) in the sections of code of an ELF file."""
+    (sections,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names_at = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + n * size) for n in range(count)]
+    names = cubin[headers[names_at][4] :]
+    return [
+        struct.unpack_from("<H", cubin, at)[0] & 0xFFF
+        for name, _, _, _, offset, length in headers
+        if names[name:].startswith(b".text.")
+        for at in range(offset, offset + length, 16)
+    ]
+
+
+HMMA, LDSM, LDGSTS = 0x23C, 0x83B, 0xFAE
+"""As disassemblers name them on sm_80 and sm_90: products, loads of matrices, copies from global to shared memory."""
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_machine_code_has_the_instructions_of_tensor_cores(arch: str) -> None:
+    for dtype, how, products in (("bfloat16", {}, 64), ("float32", {"tf32": True}, 64), ("float32", {}, 0)):
+        kernel = launches(dtype, 64, **how)[0].kernel
+        found = _opcodes(compile_cubin(translation_unit([kernel]), arch).cubin)
+        assert len(found) > 1000
+        assert found.count(HMMA) == products, dtype
+        assert (found.count(LDSM) > 20) == (found.count(LDGSTS) > 5) == (products > 0)
 
 
 @needs_nvrtc
