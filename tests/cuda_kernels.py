@@ -25,6 +25,7 @@ from test_cuda_attention_mma import launches
 from test_cuda_composites import composite_calls
 from test_cuda_composites import works as composite_works
 from test_cuda_elementwise import random_formula, work_for
+from test_cuda_fused_norms import NAMES, cases
 
 __all__ = ["Compilation", "by_origin", "most_registers"]
 
@@ -63,6 +64,7 @@ def by_origin() -> dict[str, list[Kernel]]:
         "table of ops": kernels_of([work for one in recorded() if (work := one.work()) is not None]),
         "composites": kernels_of(composite_works(composite_calls())),
         "attention": of_attention(),
+        "fused norms": kernels_of(composite_works([one for name in NAMES for one in cases(name)[::5]])),
         "planned networks": of_planned_networks(),
         "random formulas": kernels_of([work_for(*random_formula(np.random.default_rng(seed))) for seed in range(10)]),
     }

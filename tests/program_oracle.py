@@ -17,8 +17,10 @@ import numpy as np
 import brim
 from brim.backend import BoundKernel
 from brim.expr import FusedFormula
+from brim.op import REGISTRY
 from brim.program.ir import FUSED, FUSED_MANY, STORE, HostScalar, Instruction, Program, Ref, Value, parts_of
 from brim.program.norm_groups import is_fused_norm, norm_group
+from brim.program.passes.loss_gradient import CROSS_ENTROPY_WITH_GRAD
 from brim.program.place import MemoryMap
 from brim.program.verify import verify
 from brim.random import philox
@@ -195,11 +197,23 @@ def evaluate(instruction: Instruction, ins: list[Any], outs: list[Spec]) -> list
     """The outputs of a fused group, or of a composite by its body."""
     if instruction.op is FUSED:
         return evaluate_fused(instruction.params["formula"], ins, outs)
+    if instruction.op is CROSS_ENTROPY_WITH_GRAD:
+        return evaluate_loss(instruction, ins, outs)
     if is_fused_norm(instruction):
         return evaluate_norm(instruction, ins, outs)
     args = [brim.asarray(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x for x in ins]
     made = instruction.op(*args, **instruction.params)
     return [t.array for t in (made if isinstance(made, tuple) else (made,))]
+
+
+def evaluate_loss(instruction: Instruction, ins: list[Any], outs: list[Spec]) -> list[Array]:
+    """The loss, then its gradient."""
+    x, index, g = ins
+    forward, gradient = REGISTRY["cross_entropy"], REGISTRY["cross_entropy_grad"]
+    specs = forward.infer([_operand(x), _operand(index)], instruction.params)
+    losses, *sums = _run_alone(Instruction(forward, (), (), instruction.params), [x, index], list(specs))
+    given = [np.ascontiguousarray(g), x, index, *sums]
+    return [losses, *_run_alone(Instruction(gradient, (), (), instruction.params), given, outs[1:])]
 
 
 def evaluate_norm(instruction: Instruction, ins: list[Any], outs: list[Spec]) -> list[Array]:

@@ -21,7 +21,7 @@ from brim_cuda.dnn_conv import CONVOLUTIONS
 from brim_cuda.gemm_epilogue import joins_epilogue
 from brim_cuda.gemm_run import Multiply, Zero
 from brim_cuda.graphs import SHORTEST, Graph, Graphed, wanted
-from brim_cuda.kernels import norm
+from brim_cuda.kernels import loss, norm
 from brim_cuda.launch import Loader
 from brim_cuda.measuring import Measuring
 
@@ -175,6 +175,12 @@ class CudaBackend:
     def joins_norms(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> bool:
         """Whether a norm and the elementwise groups around it are one kernel."""
         return norm.joins_norms(op.name, ins, outs, params)
+
+    def joins_loss_gradient(
+        self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
+    ) -> bool:
+        """Whether a loss and its gradient are one kernel."""
+        return loss.joins_loss_gradient(op.name, ins, outs, params)
 
     def adopt(self, host: np.ndarray[Any, Any]) -> Any:
         """None: host memory is not the device's."""

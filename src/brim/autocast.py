@@ -82,7 +82,7 @@ KEPT = frozenset((
     "rmsprop_centered_update",
     # made by the passes over a traced program, which autocast has gone through already
     "store", "fused", "fused_many", "matmul_epilogue", "conv2d_epilogue",
-    "cross_entropy_powers", "cross_entropy_powers_grad",
+    "cross_entropy_powers", "cross_entropy_powers_grad", "cross_entropy_with_grad",
     "layer_norm_fused", "layer_norm_grad_fused", "batch_norm_fused", "batch_norm_grad_fused",
 ))  # fmt: skip
 """The op does what it does without autocast. So does any op that the table does not name (one of a user's own)."""

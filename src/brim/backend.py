@@ -155,8 +155,10 @@ class Backend(Protocol):
     ``conv2d_epilogue`` of these specs is wanted instead of the product and the elementwise group after it;
     ``joins_norms(op, ins, outs, params)``, which tells whether one of the ``FUSED_NORMS`` of these specs
     (``brim.program.norm_groups``) is wanted instead of a norm and the elementwise groups around it;
-    ``keeps_powers(op, ins, outs, params)``, which tells whether it has a kernel for a ``cross_entropy_powers`` or
-    ``cross_entropy_powers_grad`` of these specs, which save the gradient of a loss its powers; and
+    ``joins_loss_gradient(op, ins, outs, params)``, which tells whether a ``cross_entropy_with_grad`` of these specs is
+    wanted instead of a loss and its gradient; ``keeps_powers(op, ins, outs, params)``, which tells whether it has a
+    kernel for a ``cross_entropy_powers`` or ``cross_entropy_powers_grad`` of these specs, which save the gradient of a
+    loss its powers; and
     ``connect(index, services)``, which is called with the ``HostServices`` of a device, once, before anything else is
     asked of that device; ``load(kernels)``, which is called with the bound kernels of a program before they are
     prepared, so that what must be compiled is compiled together; ``facts(index)``, versions of what is between brim and

@@ -17,23 +17,6 @@ template <class A, int V> struct Pairs {
     A g[V], x[V];
 };
 
-// V elements in one access where all operands allow it.
-template <int V, class T> BRIM_FN Pack<T, V> taken(const T* p, bool wide) {
-    if (V > 1 && wide) return *(const Pack<T, V>*)p;
-    Pack<T, V> found;
-#pragma unroll
-    for (int k = 0; k < V; ++k) found.v[k] = p[k];
-    return found;
-}
-template <int V, class T> BRIM_FN void put(T* p, const Pack<T, V>& pack, bool wide) {
-    if (V > 1 && wide) {
-        *(Pack<T, V>*)p = pack;
-        return;
-    }
-#pragma unroll
-    for (int k = 0; k < V; ++k) p[k] = pack.v[k];
-}
-
 // A weight is an array or a number.
 template <class A, class T, class I> BRIM_FN A number_at(const T* p, I at) { return cast<A>(p[at]); }
 template <class A, class I> BRIM_FN A number_at(A number, I) { return number; }

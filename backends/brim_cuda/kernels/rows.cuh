@@ -59,6 +59,24 @@ BRIM_FN void four_at_once(I j, I stop, I step, const Load& load, const Use& use)
     }
     for (; j < stop; j += step) use(j, load(j));
 }
+
+// V elements in one access where all operands allow it.
+template <int V, class T> BRIM_FN Pack<T, V> taken(const T* p, bool wide) {
+    if (V > 1 && wide) return *(const Pack<T, V>*)p;
+    Pack<T, V> found;
+#pragma unroll
+    for (int k = 0; k < V; ++k) found.v[k] = p[k];
+    return found;
+}
+template <int V, class T> BRIM_FN void put(T* p, const Pack<T, V>& pack, bool wide) {
+    if (V > 1 && wide) {
+        *(Pack<T, V>*)p = pack;
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < V; ++k) p[k] = pack.v[k];
+}
+
 template <class A> struct Two {
     A first, second;
 };

@@ -43,6 +43,7 @@ TESTED_ELSEWHERE = {
     "conv2d_epilogue": "only in programs: test_program_epilogue.py",
     "cross_entropy_powers": "only in programs: test_program_keep_powers.py",
     "cross_entropy_powers_grad": "only in programs: test_program_keep_powers.py",
+    "cross_entropy_with_grad": "only in programs: test_program_loss_gradient.py",
     "layer_norm_fused": "only in programs: test_program_join_norms.py, test_cuda_fused_norms.py",
     "layer_norm_grad_fused": "only in programs: test_program_join_norms.py, test_cuda_fused_norms.py",
     "batch_norm_fused": "only in programs: test_program_join_norms.py, test_cuda_fused_norms.py",

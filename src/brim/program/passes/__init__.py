@@ -17,6 +17,7 @@ from brim.program.passes.join_norms import join_norms
 from brim.program.passes.join_slices import join_slices
 from brim.program.passes.keep_powers import keep_powers
 from brim.program.passes.layout import layout
+from brim.program.passes.loss_gradient import loss_gradient
 from brim.program.passes.schedule import schedule
 from brim.program.passes.side_by_side import ARRAY_BYTES_MAX, side_by_side
 from brim.program.passes.simplify import simplify
@@ -48,7 +49,7 @@ def default_passes(
         *_wanted_by(backend),
         schedule,  # an order that keeps fewer bytes alive
         *_around_norms(backend, peak),  # what is next to a norm becomes part of it
-        *_keeping(backend, peak),  # what is computed twice, where that order has room for it
+        *_keeping(backend, peak),  # what a loss and its gradient share, where that order has room for it
         *_joining(backend, peak, scratch_bytes),  # last: as far as that order's peak allows
     )
 
@@ -82,7 +83,12 @@ def _around_norms(backend: Any, peak: Callable[[Program], int] | None) -> list[C
 
 
 def _keeping(backend: Any, peak: Callable[[Program], int] | None) -> list[Callable[[Program], Program]]:
-    """The pass that keeps powers for the backward pass, if the backend has kernels for it."""
+    """The passes that compute losses together with their gradients, or keep powers for these, if there are kernels."""
+    together = getattr(backend, "joins_loss_gradient", None)
+    if together is not None:
+        return [
+            update_wrapper(partial(loss_gradient, accepts=partial(_is_accepted, together), peak=peak), loss_gradient)
+        ]
     keeps = getattr(backend, "keeps_powers", None)
     if keeps is None:
         return []

@@ -14,7 +14,13 @@ from brim.program.norm_groups import is_fused_norm, overwritable_by_norm
 
 __all__ = ["live_bytes", "stored_values", "works_in_place"]
 
-_IN_PLACE = ("dropout", "cross_entropy_grad", "cross_entropy_powers", "cross_entropy_powers_grad")
+_IN_PLACE = (
+    "dropout",
+    "cross_entropy_grad",
+    "cross_entropy_powers",
+    "cross_entropy_powers_grad",
+    "cross_entropy_with_grad",
+)
 
 
 def works_in_place(instruction: Instruction) -> bool:
