@@ -116,8 +116,12 @@ class CudaBackend:
     prefers_channels_last = CONVOLUTIONS
     """Their products are over all images then, and tensor cores read channels side by side."""
 
-    joins_side_by_side = 4 << 20
-    """Updates of many small parameters are one launch; each launch costs microseconds, more than such an update."""
+    joins_side_by_side = 1 << 30
+    """Updates of many parameters are one launch, as far as the peak of the step allows: between two launches a GPU is
+    idle for microseconds, in which it could have moved megabytes. What waits for it lies in memory that is free."""
+
+    joins_updates = 64 << 20
+    """Longer ones keep the GPU busy by themselves (``kernels.many.ELEMENTS_MAX`` elements of four bytes)."""
 
     def __init__(self, machine: Machine, kind: str = "cuda") -> None:
         self.machine, self.kind = machine, kind

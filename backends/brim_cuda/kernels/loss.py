@@ -32,7 +32,7 @@ def _call(
 
 _LONG = 16384
 """Rows of so many classes have a block of 1,024 threads each, so that few rows are under way and stay in the caches."""
-_HELD_BYTES = {256: 128, 1024: 96}
+_HELD_BYTES = {256: 96, 1024: 64}
 """What a thread of such a block keeps of a row in registers, at most."""
 
 

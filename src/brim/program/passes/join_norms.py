@@ -17,7 +17,10 @@ from brim.program.norm_groups import FUSED_NORMS, identity, is_fused_norm, is_no
 from brim.program.passes.groups import Group, group_of, is_fusible
 from brim.program.passes.liveness import live_bytes
 
-__all__ = ["join_norms"]
+__all__ = ["HOLES", "join_norms"]
+
+HOLES = 1 / 256
+"""By so much the planned peak may be higher: what placing other lifetimes leaves unused is luck, either way."""
 
 
 def join_norms(
@@ -36,38 +39,31 @@ def join_norms(
         peak: the planned peak of a program in bytes; None: what ``live_bytes`` comes to.
 
     Returns:
-        a program whose peak is no higher.
+        a program that keeps no more bytes alive at its peak, and whose planned peak is no higher but for ``HOLES``.
     """
     if not any(_is_norm(i) for i in program.instructions):
         return program
-    judge = peak or (lambda one: max(live_bytes(one)))
-    limit_bytes: int | None = None
+    estimate_bytes = max(live_bytes(program))
+    limit_bytes: float | None = None
     tried: list[int] = []
-    for sides, careful in ((_BOTH, False), (_BOTH, True), (_AFTER, True), (_BEFORE, True)):
-        made = _joined(program, accepts, sides, careful)
-        if made is program:
-            continue
-        if limit_bytes is None:
-            limit_bytes = judge(program)
-        if len(made.instructions) in tried:
+    for sides, limit in ((_BOTH, None), (_BOTH, estimate_bytes), (_AFTER, estimate_bytes), (_BEFORE, estimate_bytes)):
+        made = program
+        for side in sides:
+            made = side(made, accepts, limit).run()
+        if made is program or len(made.instructions) in tried or max(live_bytes(made)) > estimate_bytes:
             continue
         tried.append(len(made.instructions))
-        if judge(made) <= limit_bytes:
+        if peak is None:
+            return made
+        if limit_bytes is None:
+            limit_bytes = peak(program) * (1 + HOLES)
+        if peak(made) <= limit_bytes:
             return made
     return program
 
 
 def _is_norm(instruction: Instruction) -> bool:
     return is_norm(instruction) and all(out.home is None for out in instruction.outs)
-
-
-def _joined(
-    program: Program, accepts: Callable[[Instruction], bool], sides: Iterable[type[_Search]], careful: bool
-) -> Program:
-    limit_bytes = max(live_bytes(program)) if careful else None
-    for side in sides:
-        program = side(program, accepts, limit_bytes).run()
-    return program
 
 
 @dataclass(eq=False, slots=True)
