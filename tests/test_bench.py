@@ -303,7 +303,7 @@ def test_limits_of_another_device_are_measured_by_brim(monkeypatch: pytest.Monke
     monkeypatch.setattr(limits, "_LONGEST_S", 0.0)  # the smallest sizes are enough
     add_second_device(monkeypatch)
     found = limits.measure(KIND, 1, 0.001)
-    assert set(found["product_rates"]) == {"float32", "bfloat16"}
+    assert set(found["product_rates"]) == {"float32", "tf32", "bfloat16"}
     assert found["flops_per_s"] == found["product_rates"]["float32"] > 0
     assert found["memory"][0]["bytes_per_s"] > 0
 

@@ -1,4 +1,4 @@
-"""The benchmark's workloads for GPUs: the same work on all sides when tiny, plans at full size, turns, and timing."""
+"""The benchmark's workloads for GPUs: the same work on all sides at tiny sizes, plans at full size, turns, timing."""
 
 from __future__ import annotations
 

@@ -63,6 +63,7 @@ BENCHMARKS_OF_ALL_SIDES = (
     "brim_bench.sides",
     "brim_bench.sides.base",
     "brim_bench.sides.torch_side",
+    "brim_bench.timing",
     "brim_bench.workload",
     "brim_bench.workloads",
 )

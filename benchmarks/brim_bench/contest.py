@@ -38,6 +38,7 @@ class Options:
         max_spread: of what is reported, as a share of the median.
         max_others: of the processors that other processes may use meanwhile: they need not slow both sides alike.
         eager: brim without ``brim.compile``.
+        tiny: workloads have the sizes of a rehearsal, whose figures mean nothing.
     """
 
     device: str = "cpu"
@@ -47,10 +48,15 @@ class Options:
     max_spread: float = MAX_SPREAD
     max_others: float = 0.25
     eager: bool = False
+    tiny: bool = False
 
 
 def run_workload(
-    workload: Workload, players: Sequence[Player], options: Options, say: Callable[[str], None] = lambda text: None
+    workload: Workload,
+    players: Sequence[Player],
+    options: Options,
+    say: Callable[[str], None] = lambda text: None,
+    together: bool = True,
 ) -> dict[str, Any]:
     """The row of a workload.
 
@@ -59,19 +65,35 @@ def run_workload(
         players: brim first, then its peers; started here where they do not run.
         options: how.
         say: is told what happens now.
+        together: all sides hold their arrays at once, and rounds alternate. Otherwise each side has the device for
+            itself: in an order such as A, B, B, A, for half of its rounds each time, and gives its memory back.
     """
     start_s = time.perf_counter()
     row: dict[str, Any] = {
         "workload": workload.name, "what": workload.what, "unit": workload.unit, "flops": workload.flops,
-        "bytes": workload.nbytes, "status": OK, "why": "", "sides": {}, "ratios": {},
+        "bytes": workload.nbytes, "precision": workload.precision, "status": OK, "why": "", "sides": {}, "ratios": {},
     }  # fmt: skip
-    sides: dict[str, dict[str, Any]] = row["sides"]
     for player in players:
-        sides[player.side] = {"status": OK, "why": "", "samples": []}
-    ready = list(players)
+        row["sides"][player.side] = {"status": OK, "why": "", "samples": []}
+    samples: dict[str, list[float]] = {player.side: [] for player in players}
+    if together:
+        _rounds_together(workload, players, options, row, samples, say, start_s)
+    else:
+        row["in_turns"] = True
+        _rounds_in_turns(workload, players, options, row, samples, say)
+    _judge(row, samples, players, options)
+    row["elapsed_s"] = time.perf_counter() - start_s
+    return row
+
+
+def _rounds_together(
+    workload: Workload, players: Sequence[Player], options: Options, row: dict[str, Any],
+    samples: dict[str, list[float]], say: Callable[[str], None], start_s: float,
+) -> None:  # fmt: skip
+    """Fill ``samples`` with alternating rounds of all sides that can."""
+    sides, ready = row["sides"], list(players)
     if not workload.process:
         ready = _prepare(workload, players, options, row, say)
-    samples: dict[str, list[float]] = {player.side: [] for player in ready}
     measure = _measure_process if workload.process else _measure_round
     wanted = _process_rounds(workload, options) if workload.process else options.rounds
     done = 0
@@ -83,6 +105,7 @@ def run_workload(
         for player in order:
             try:
                 found[player.side] = measure(player, workload, options)
+                _note_state(players[0], row, options)
             except PlayerFailed as error:
                 _fail(sides[player.side], error)
                 ready = [] if player is players[0] else [one for one in ready if one is not player]
@@ -101,9 +124,52 @@ def run_workload(
     for player in ready:
         if not workload.process:
             _ask_memory(player, sides[player.side])
-    _judge(row, samples, players, options)
-    row["elapsed_s"] = time.perf_counter() - start_s
-    return row
+
+
+def _rounds_in_turns(
+    workload: Workload, players: Sequence[Player], options: Options, row: dict[str, Any],
+    samples: dict[str, list[float]], say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Fill ``samples``, with one side on the device at a time."""
+    sides, half = row["sides"], -(-options.rounds // 2)
+    others = OtherLoad(player.pid for player in players if player.pid is not None)
+    ours: Mapping[str, Any] | None = None
+    left = list(players)
+    for turn in range(2):
+        for player in left if turn == 0 else left[::-1]:
+            side = sides[player.side]
+            try:
+                say(f"{workload.name}: {player.side} alone, turn {turn + 1} of 2")
+                player.start()
+                results = _build(player, workload, options, ours, side, compare=turn == 0)
+                if side["status"] == OK:
+                    for _ in range(half):
+                        samples[player.side].append(_measure_round(player, workload, options))
+                        _note_state(players[0], row, options)
+                    side["memory"] = player.ask("memory")["memory"]
+                player.ask("drop")
+                ours = results if player is players[0] and turn == 0 else ours
+            except PlayerFailed as error:
+                _fail(side, error)
+                samples[player.side] = []
+            if side["status"] != OK and player is players[0]:
+                row["others_share"] = others.share()
+                return
+        left = [player for player in left if sides[player.side]["status"] == OK]
+    row["others_share"] = others.share()
+
+
+def _note_state(player: Player, row: dict[str, Any], options: Options) -> None:
+    """Keep the lowest and the highest of what brim's side reads of the device, right after a round."""
+    if options.device.partition(":")[0] == "cpu":
+        return
+    try:
+        state = player.ask("state").get("state", {})
+    except PlayerFailed:
+        return  # its own next round tells
+    for name, value in state.items():
+        low, high = row.setdefault("device_state", {}).get(name, (value, value))
+        row["device_state"][name] = [min(low, value), max(high, value)]
 
 
 # ---- before the rounds ----
@@ -120,19 +186,11 @@ def _prepare(
         try:
             say(f"{workload.name}: {player.side} is started")
             player.start()
-            say(f"{workload.name}: results of {player.side}")
-            results: Mapping[str, Any] = player.ask("check", workload=workload.name)["results"]
-            if ours is None:
-                ours = results
-            else:
-                found, wrong = disagreements(ours, results, workload.tolerances)
-                side["differences"] = found
-                if wrong:
-                    side["status"], side["why"] = WRONG, "; ".join(wrong)
-                    continue
-            say(f"{workload.name}: {player.side} warms up")
-            answer = player.ask("build", workload=workload.name, warm_seconds=min(0.3, options.seconds))
-            side["first_s"] = answer["first_s"]
+            say(f"{workload.name}: {player.side} is compared and warms up")
+            results = _build(player, workload, options, ours, side, compare=True)
+            ours = results if ours is None else ours
+            if side["status"] != OK:
+                continue
         except PlayerFailed as error:
             _fail(side, error)
             if player is players[0]:
@@ -140,6 +198,25 @@ def _prepare(
             continue
         ready.append(player)
     return ready
+
+
+def _build(
+    player: Player, workload: Workload, options: Options, ours: Mapping[str, Any] | None, side: dict[str, Any],
+    compare: bool,
+) -> Mapping[str, Any]:  # fmt: skip
+    """Have the workload ready on a side; with ``compare`` only if its results, which are returned, agree with ours."""
+    results: Mapping[str, Any] = {}
+    if compare:
+        results = player.ask("check", workload=workload.name)["results"]
+        if ours is not None:
+            found, wrong = disagreements(ours, results, workload.tolerances)
+            side["differences"] = found
+            if wrong:
+                side["status"], side["why"] = WRONG, "; ".join(wrong)
+                return results
+    answer = player.ask("build", workload=workload.name, warm_seconds=min(0.3, options.seconds))
+    side.setdefault("first_s", answer["first_s"])
+    return results
 
 
 def _fail(side: dict[str, Any], error: PlayerFailed) -> None:

@@ -11,7 +11,16 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from brim.units import format_bytes
-from brim_bench.text_report import energy_text, figure, fits_text, published_text, rate, ratio_text, side_text
+from brim_bench.text_report import (
+    energy_text,
+    figure,
+    fits_text,
+    notes_of,
+    published_text,
+    rate,
+    ratio_text,
+    side_text,
+)
 
 __all__ = ["machinery_page", "run_page"]
 
@@ -84,9 +93,11 @@ def run_page(document: Mapping[str, Any]) -> str:
         _figures(document, peers),
         "<h2>Memory and first runs</h2>",
         "<p>Planned: brim's peak, exact before anything runs. Held: what its memory guard counted at most. Resident: "
-        "growth of the process's physical memory. First: to build, compile and run once.</p>",
+        "growth of the process's physical memory. Device: most of its memory in use, as the library counts it, in "
+        "brackets what the library had taken from it. First: to build, compile and run once.</p>",
         _memory(document),
         _reasons(rows),
+        _notes(document),
         "<h2>Limits of this machine</h2>",
         _limits(document["limits"]),
         "<h2>Environment</h2>",
@@ -154,9 +165,14 @@ def _ratio(ratio: Mapping[str, Any]) -> str:
     return f'<span class="{css}">{_escape(ratio_text(ratio))}</span>'
 
 
+_ON_DEVICE = ("held_peak_bytes", "reserved_peak_bytes")
+
+
 def _memory(document: Mapping[str, Any]) -> str:
     names, lines = list(document["sides"]), []
+    on_device = any("reserved_peak_bytes" in s.get("memory", {}) for r in document["rows"] for s in r["sides"].values())
     header = ["workload", "planned", "held", "allocations a run", *[f"resident, {_escape(name)}" for name in names],
+              *[f"device, {_escape(name)}" for name in names if on_device],
               *[f"first, {_escape(name)}" for name in names]]  # fmt: skip
     for row in document["rows"]:
         found = {name: row["sides"].get(name, {}).get("memory", {}) for name in names}
@@ -168,6 +184,9 @@ def _memory(document: Mapping[str, Any]) -> str:
         line.append(f"{own['allocations_per_run']:.0f}" if "allocations_per_run" in own else "")
         for name in names:
             line.append(format_bytes(found[name]["rss_growth_bytes"]) if "rss_growth_bytes" in found[name] else "")
+        for name in names if on_device else ():
+            used = [format_bytes(found[name][key]) for key in _ON_DEVICE if key in found[name]]
+            line.append(f"{used[0]} ({used[1]})" if len(used) == 2 else "")
         for name in names:
             first_s = row["sides"].get(name, {}).get("first_s")
             line.append("" if first_s is None else figure(first_s))
@@ -181,12 +200,20 @@ def _reasons(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"<h2>Rows without a ratio</h2><ul>{''.join(found)}</ul>" if found else ""
 
 
+def _notes(document: Mapping[str, Any]) -> str:
+    found = "".join(f"<li>{_escape(note)}</li>" for note in notes_of(document))
+    return f"<h2>Notes</h2><ul>{found}</ul>" if found else ""
+
+
 def _limits(limits: Mapping[str, Any] | None) -> str:
     if limits is None:
         return "<p>not measured</p>"
     rows = [["arithmetic", rate(limits["flops_per_s"]), _escape(limits["flops_how"])]]
     if "blas_flops_per_s" in limits:
         rows.append(["matrix products", rate(limits["blas_flops_per_s"]), "float32, through NumPy's BLAS"])
+
+    for kind, flops_per_s in limits.get("product_rates", {}).items():
+        rows.append([f"products, {_escape(kind)}", rate(flops_per_s), "brim's matrix products"])
     rows += [
         [_escape(one["level"]), f"{one['bytes_per_s'] / 1e9:,.1f} GB/s", _escape(limits["memory_how"])]
         for one in limits["memory"]
@@ -198,6 +225,7 @@ def _limits(limits: Mapping[str, Any] | None) -> str:
 
 def _environment(document: Mapping[str, Any]) -> str:
     rows = [[_escape(key), _escape(value)] for key, value in document["environment"].items()]
+    rows += [[_escape(f"card: {key}"), _escape(value)] for key, value in document.get("card", {}).items()]
     for name, facts in document.get("sides", {}).items():
         for key, value in {"version": facts["version"], "threads": facts["threads"], **facts["facts"]}.items():
             rows.append([_escape(f"{name}: {key}"), _escape(value)])

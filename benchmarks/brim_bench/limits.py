@@ -10,12 +10,14 @@ arrays of its own that lie in one level of the caches; three arrays' bytes are c
 
 Of brim nothing but that loop in registers runs while the CPU is measured.
 
-Another device: the best rate of brim's matrix products, and of ``x + 1`` on an array much larger than its caches.
+Another device: the best rate of brim's matrix products in float32, TF32 and bfloat16, and of the driver's copies
+between arrays much larger than its caches; ``x + 1`` by brim where there are none.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import mmap
 import multiprocessing
@@ -32,7 +34,8 @@ import psutil
 from brim_bench.arithmetic import register_rates
 from brim_bench.caches import read_caches
 from brim_bench.players import environment_with_threads
-from brim_bench.workload import Workload
+from brim_bench.timing import time_events
+from brim_bench.workload import Job, Workload
 
 __all__ = ["best_of", "least_seconds", "measure", "measure_in_process", "product_rates", "steady_rates"]
 
@@ -106,17 +109,19 @@ def best_of(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 def least_seconds(workload: Workload | Mapping[str, Any], limits: Mapping[str, Any]) -> tuple[float, str]:
     """(the time that a workload needs at these limits, what it is bound by); (0, "") where nothing bounds it.
 
-    The larger of arithmetic at the full rate, and of its least bytes at the rate of the level that they fit in.
+    The larger of arithmetic at the full rate of its precision, and of its least bytes at the rate of the level that
+    they fit in.
     """
     if isinstance(workload, Workload):
-        flops, nbytes = workload.flops, workload.nbytes
+        flops, nbytes, precision = workload.flops, workload.nbytes, workload.precision
     else:
-        flops, nbytes = workload["flops"], workload["bytes"]
+        flops, nbytes, precision = workload["flops"], workload["bytes"], workload.get("precision", "fp32")
     if not flops and not nbytes:
         return 0.0, ""
     level = next((one for one in limits["memory"] if one["holds_bytes"] is None or nbytes <= one["holds_bytes"]), None)
     moving_s = nbytes / level["bytes_per_s"] if level else 0.0
-    computing_s = flops / limits["flops_per_s"]
+    kind = {"fp32": "float32", "tf32": "tf32", "bf16": "bfloat16"}[precision]
+    computing_s = flops / limits.get("product_rates", {}).get(kind, limits["flops_per_s"])
     if computing_s >= moving_s or level is None:
         return computing_s, "arithmetic"
     return moving_s, f"{level['level']} bandwidth"
@@ -224,29 +229,59 @@ def _fault_rate(seconds: float) -> float:
 # ---- any device, by brim ----
 
 
+_ARITHMETIC = {"float32": ("float32", "full"), "tf32": ("float32", "tf32"), "bfloat16": ("bfloat16", "full")}
+"""Kinds of products on a device: dtype of the factors, precision of float32 products."""
+
+
+def _best_on(place: Any, run: Callable[[], Any], seconds: float) -> float:
+    """The shortest time of a run on a device: by its own clock where it has one."""
+    measuring = getattr(place.backend, "measuring", None)
+    events = None if measuring is None else measuring(place.index)
+    if events is None:
+
+        def finished() -> None:
+            run()
+            place.backend.synchronize(place.index)
+
+        return _best_time(finished, seconds)
+    run()
+    return min(time_events(Job(run, dict), events, seconds)[0])
+
+
+def _product(place: Any, n: int, dtype: str) -> Callable[[], Any]:
+    """brim's product of two matrices n x n."""
+    import brim
+
+    block = np.random.default_rng(0).standard_normal((1, min(n * n, 2**20)), np.float32)
+    a, b = (
+        brim.broadcast_to(brim.asarray(one, device=place).astype(dtype), (n * n // block.size, block.size)).reshape(
+            n, n
+        )
+        for one in (block, block[:, ::-1].copy())
+    )
+    return brim.compile(lambda: a @ b, copy=False, device=place)
+
+
 def product_rates(device: str, seconds: float) -> dict[str, float]:
-    """FLOP/s of brim's matrix products on a device by dtype: the best over sizes that double until one is long."""
+    """FLOP/s of brim's matrix products on a device by kind: the best over sizes that double until one is long."""
     import brim
 
     place = brim.device(device)
     found: dict[str, float] = {}
-    for dtype in ("float32",) if device.partition(":")[0] == "cpu" else ("float32", "bfloat16"):
+    for kind in ("float32",) if device.partition(":")[0] == "cpu" else _ARITHMETIC:
+        dtype, precision = _ARITHMETIC[kind]
         n, best = 256, 0.0
-        while n <= 8192:
-            host = np.random.default_rng(0).standard_normal((2, n, n), np.float32)
-            a, b = (brim.asarray(one, device=place).astype(dtype) for one in host)
-            product = brim.compile(lambda a=a, b=b: a @ b, copy=False, device=place)
-
-            def run(product: Any = product) -> None:
-                product()
-                place.backend.synchronize(place.index)
-
-            took_s = _best_time(run, seconds)
-            best = max(best, 2.0 * n**3 / took_s)
-            if took_s > _LONGEST_S:
-                break
-            n *= 2
-        found[dtype] = best
+        try:
+            while n <= 8192:
+                brim.set_float32_precision(precision)
+                took_s = _best_on(place, _product(place, n, dtype), seconds)
+                best = max(best, 2.0 * n**3 / took_s)
+                if took_s > _LONGEST_S:
+                    break
+                n *= 2
+        finally:
+            brim.set_float32_precision("full")
+        found[kind] = best
     return found
 
 
@@ -263,12 +298,12 @@ def steady_rates(device: str) -> list[dict[str, Any]]:
     place = brim.device(device)
     on_cpu = device.partition(":")[0] == "cpu"
     found = []
-    for dtype in ("float32",) if on_cpu else ("float32", "bfloat16"):
+    for kind in ("float32",) if on_cpu else _ARITHMETIC:
+        dtype, precision = _ARITHMETIC[kind]
+        brim.set_float32_precision(precision)
 
         def by_brim(n: int, dtype: str = dtype) -> Callable[[], Any]:
-            host = np.random.default_rng(0).standard_normal((2, n, n), np.float32)
-            a, b = (brim.asarray(one, device=place).astype(dtype) for one in host)
-            product = brim.compile(lambda: a @ b, copy=False, device=place)
+            product = _product(place, n, dtype)
 
             def run() -> None:
                 product()
@@ -282,7 +317,8 @@ def steady_rates(device: str) -> list[dict[str, Any]]:
         whose = max(rates, key=lambda one: rates[one])
         others = "".join(f"; {one} {rate / 1e9:,.0f} GFLOP/s" for one, rate in rates.items() if one != whose)
         how = f"{whose} matrix products on this machine, median over a second{others}"
-        found.append({"dtype": dtype, "flops_per_s": rates[whose], "how": how})
+        found.append({"dtype": kind, "flops_per_s": rates[whose], "how": how})
+    brim.set_float32_precision("full")
     return found
 
 
@@ -311,32 +347,51 @@ def _steady_rate(make: Callable[[int], Callable[[], Any]]) -> float:
     return 2.0 * best_n**3 / statistics.median(times)
 
 
+_COPY_BYTES = 2**30
+
+
+def _copy_rate(place: Any, seconds: float) -> tuple[float, int]:
+    """(bytes read and written a second by the driver's own copies, bytes of one), between arrays used in turn.
+
+    Each array has a gibibyte, or a sixteenth of what is free: far more than any cache. 0 where the device has no such
+    copies.
+    """
+    import brim
+
+    measuring = getattr(place.backend, "measuring", None)
+    measures = None if measuring is None else measuring(place.index)
+    if measures is None:
+        return 0.0, 0
+    nbytes = min(_COPY_BYTES, measures.card()["free_bytes"] // 16)
+    arrays = [brim.zeros((nbytes // 4,), device=place).array for _ in range(4)]
+    pairs = itertools.cycle([(arrays[0], arrays[1]), (arrays[2], arrays[3])])
+    times, _ = time_events(Job(lambda: measures.copy(*next(pairs)), dict, (), 2), measures, seconds)
+    return 2.0 * nbytes / min(times), nbytes
+
+
 def _measure_device(device: str, seconds: float) -> dict[str, Any]:
     import brim
 
     place = brim.device(device)
-    rates, best, count = product_rates(device, seconds), 0.0, 2**20
+    rates, own, count = product_rates(device, seconds), 0.0, 2**20
     while count <= 2**27:
-        x = brim.asarray(np.zeros(count, np.float32), device=place)
-        add = brim.compile(lambda x=x: x + 1.0, copy=False, device=place)
-
-        def run(add: Any = add) -> None:
-            add()
-            place.backend.synchronize(place.index)
-
-        took_s = _best_time(run, seconds)
-        best = 8 * count / took_s  # of the largest: the smaller ones may lie in the caches
+        x = brim.zeros((count,), device=place)
+        took_s = _best_on(place, brim.compile(lambda x=x: x + 1.0, copy=False, device=place), seconds)
+        own = max(own, 8 * count / took_s)
         if took_s > _LONGEST_S:
             break
         count *= 4
+    copied, nbytes = _copy_rate(place, seconds)
+    # A cache makes the smaller arrays of `x + 1` quicker than the memory is: the driver's copies decide where they are.
+    how = f"copies of {nbytes:,} B by the driver, read and written; x + 1 by brim {own / 1e9:,.0f} GB/s"
     return {
         "device": f"{place}, {place.backend.describe(place.index)}",
         "threads": None,
         "flops_per_s": rates["float32"],
         "flops_how": "float32 matrix products by brim",
         "product_rates": rates,
-        "memory": [{"level": "memory", "holds_bytes": None, "bytes_per_s": best}],
-        "memory_how": "x + 1 by brim, read and written",
+        "memory": [{"level": "memory", "holds_bytes": None, "bytes_per_s": copied or own}],
+        "memory_how": how if copied else "x + 1 by brim, read and written",
     }
 
 

@@ -53,6 +53,7 @@ class Player:
         device, threads, eager: as of ``Side``.
         command: another command to run than ``python -m brim_bench.child``.
         timeout_s: how long one answer may take.
+        tiny: workloads have the sizes of a rehearsal.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class Player:
         eager: bool = False,
         command: Sequence[str] = (),
         timeout_s: float = 600.0,
+        tiny: bool = False,
     ) -> None:
         self.side, self.device, self.threads, self.eager, self.timeout_s = side, device, threads, eager, timeout_s
         self.command = list(command) or [
             sys.executable, "-m", "brim_bench.child", side, "--device", device, "--threads", str(threads),
-            *(["--eager"] if eager else []),
+            *(["--eager"] if eager else []), *(["--tiny"] if tiny else []),
         ]  # fmt: skip
         self.facts: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,17 @@ _STATUSES = ("ok", "too noisy", "wrong result", "failed", "not supported")
 
 def make_document(
     environment: Mapping[str, Any], options: Mapping[str, Any], sides: Mapping[str, Any],
-    limits: Mapping[str, Any] | None, rows: list[dict[str, Any]],
+    limits: Mapping[str, Any] | None, rows: list[dict[str, Any]], left_out: Sequence[Mapping[str, str]] = (),
+    card: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """A document of schema 1; each row gets the fraction of the limit that its fastest possible time is of brim's."""
+    """A document of schema 1; each row gets the fraction of the limit that its fastest possible time is of brim's.
+
+    Arguments:
+        environment, options, sides, limits: as recorded.
+        rows: of the workloads that ran.
+        left_out: "workload" and "why" of those that were to run, too.
+        card: of the device, as of ``Side.card``.
+    """
     for row in rows:
         own = row["sides"].get("brim", {})
         if limits is not None and "median" in own and row["unit"] == "s":
@@ -35,6 +43,8 @@ def make_document(
         "sides": dict(sides),
         "limits": None if limits is None else dict(limits),
         "rows": rows,
+        **({"left_out": [dict(one) for one in left_out]} if left_out else {}),
+        **({"card": dict(card)} if card else {}),
     }
 
 
@@ -50,6 +60,10 @@ def validate(document: Any) -> None:
     for key, kind in (("environment", dict), ("options", dict), ("sides", dict), ("rows", list)):
         if not isinstance(document.get(key), kind):
             raise DataError(f"{key}: expected a {kind.__name__}, found {type(document.get(key)).__name__}")
+    ran = {row.get("workload") for row in document["rows"]}
+    for one in document.get("left_out", []):
+        if not one.get("why") or one.get("workload") in ran:
+            raise DataError(f"left out {one.get('workload')!r}: it ran, or nobody says why not")
     for row in document["rows"]:
         where = f"row {row.get('workload')!r}"
         if row.get("status") not in _STATUSES:

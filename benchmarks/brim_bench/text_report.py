@@ -9,10 +9,13 @@ from typing import Any
 from brim.units import format_bytes
 
 __all__ = [
+    "device_state_text",
     "figure",
     "limits_text",
     "log_bars",
     "machinery_text",
+    "memory_text",
+    "notes_of",
     "rate",
     "row_line",
     "run_text",
@@ -108,12 +111,57 @@ def run_text(document: Mapping[str, Any]) -> str:
             reasons.append(f"{row['workload']}: {row['status']}{': ' + row['why'] if row['why'] else ''}")
     text = table(header, body)
     text += "\n\nbelow 1: brim is faster; in brackets the middle half of the rounds' ratios; ± half of the middle half"
-    text += "\nmemory: growth of the process's resident set" + (
-        "; for brim also the exact peak of the plan"
-        if any("planned_peak_bytes" in _of(row, "brim") for row in rows)
-        else ""
-    )
-    return text + "".join(f"\n{reason}" for reason in reasons)
+    text += f"\nmemory: {memory_text(rows)}"
+    notes = [*reasons, *notes_of(document)]
+    return text + "".join(f"\n{note}" for note in notes)
+
+
+def memory_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the column of memory is."""
+    if any("reserved_peak_bytes" in _of(row, name) for row in rows for name in row["sides"]):
+        return (
+            "most of the device's memory that was in use, as each library counts it; brim's plan; in brackets what the "
+            "library had taken from the device"
+        )
+    planned = any("planned_peak_bytes" in _of(row, "brim") for row in rows)
+    return "growth of the process's resident set" + ("; for brim also the exact peak of the plan" if planned else "")
+
+
+def notes_of(document: Mapping[str, Any]) -> list[str]:
+    """What a reader must know besides the table, a sentence each."""
+    found = []
+    if document["options"].get("tiny"):
+        found.append("a rehearsal with small sizes: that it ran is all that it says, the figures mean nothing")
+    found += [f"{one['workload']}: left out: {one['why']}" for one in document.get("left_out", [])]
+    for row in document["rows"]:
+        if row.get("in_turns"):
+            found.append(f"{row['workload']}: the sides did not fit the device together, and had it in turns")
+        if row["status"] == "ok":
+            for name, ratio in row["ratios"].items():
+                if ratio["status"] == "not supported" and "nothing to compile" not in ratio["why"]:
+                    found.append(f"{row['workload']}: {name}: {ratio['why']}")
+    if state := device_state_text(document["rows"]):
+        found.append(state)
+    return found
+
+
+_STATES = (
+    ("sm_clock_hz", "clock", 1e6, "MHz"), ("memory_clock_hz", "memory clock", 1e6, "MHz"),
+    ("temperature_celsius", "temperature", 1.0, "°C"), ("power_watts", "power", 1.0, "W"),
+    ("power_limit_watts", "power limit", 1.0, "W"),
+)  # fmt: skip
+
+
+def device_state_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What the driver told of the device after rounds, lowest to highest; an empty string where it told nothing."""
+    states = [row["device_state"] for row in rows if row.get("device_state")]
+    parts = []
+    for key, name, unit, text in _STATES:
+        found = [value / unit for state in states for value in state.get(key, ())]
+        if found:
+            low, high = f"{min(found):,.0f}", f"{max(found):,.0f}"
+            parts.append(f"{name} {low if low == high else f'{low} to {high}'} {text}")
+    return f"device, read right after rounds: {', '.join(parts)}" if parts else ""
 
 
 def _of(row: Mapping[str, Any], side: str) -> Mapping[str, Any]:
@@ -124,7 +172,11 @@ def _memory(sides: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for name, side in sides.items():
         found = side.get("memory", {})
-        if "rss_growth_bytes" in found:
+        if "reserved_peak_bytes" in found:
+            plan = f", planned {format_bytes(found['planned_peak_bytes'])}" if "planned_peak_bytes" in found else ""
+            reserved = format_bytes(found["reserved_peak_bytes"])
+            parts.append(f"{name} {format_bytes(found['held_peak_bytes'])}{plan} ({reserved})")
+        elif "rss_growth_bytes" in found:
             exact = f" ({format_bytes(found['planned_peak_bytes'])})" if "planned_peak_bytes" in found else ""
             parts.append(f"{name} {format_bytes(found['rss_growth_bytes'])}{exact}")
     return ", ".join(parts) or "-"

@@ -10,7 +10,7 @@ import importlib.util
 
 from brim_bench.sides.base import Side, Unsupported
 
-__all__ = ["SIDES", "Side", "Unsupported", "find_side", "missing"]
+__all__ = ["COMPILERS", "SIDES", "Side", "Unsupported", "find_side", "missing"]
 
 SIDES = {
     "brim": "brim_bench.sides.brim_side:Brim",
@@ -22,6 +22,9 @@ SIDES = {
     "mlx": "brim_bench.sides.mlx_side:Mlx",
     "tinygrad": "brim_bench.sides.tinygrad_side:Tinygrad",
 }
+COMPILERS = frozenset({"torch_compile", "torch_graphs"})
+"""Sides that take their time before they begin."""
+
 _PACKAGES = {
     "brim": "brim",
     "torch": "torch",

@@ -27,7 +27,8 @@ _SHAPES: dict[str, list[tuple[int, ...]]] = {
 def gpu_update(side: Any, checking: bool, which: str, size: str) -> Job:
     """One update of all parameters; their gradients stay the same."""
     count = sum(prod(shape) for shape in _SHAPES[size])
-    sets, steps, first = count_sets(side, _touched(which, count)), [], []
+    sets, steps = count_sets(side, _touched(which, count)), []
+    first: list[Any] = []
     for _ in range(sets):
         parameters = []
         for number, shape in enumerate(_SHAPES[size]):

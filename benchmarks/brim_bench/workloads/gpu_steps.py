@@ -160,10 +160,9 @@ def gpu_lm(
     """Forward, cross entropy over all tokens, backward, AdamW."""
     model = language.network(side, tokens, width, heads, blocks, words, 0.0 if checking else p, shared=p == 0)
     sets = count_sets(side, 16.0 * batch * tokens)
-    batches = [
-        tuple(_classes(side, (batch, tokens), words, 2 * one + part) for part in range(2)) for one in range(sets)
-    ]
-    return steps_in_turn(side, model, "adamw", batches)  # type: ignore[arg-type]
+    shape = (batch, tokens)
+    batches = [(_classes(side, shape, words, 2 * n), _classes(side, shape, words, 2 * n + 1)) for n in range(sets)]
+    return steps_in_turn(side, model, "adamw", batches)
 
 
 def _lm_step(

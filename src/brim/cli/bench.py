@@ -24,17 +24,19 @@ def add_bench(app: Any) -> None:
         return Parameter(name=names or None, help=text, show_default=False, negative=())
 
     @bench.command(name="list")
-    def list_() -> int:
+    def list_(*, device: Annotated[str, flag("cpu (default), or cuda: other sizes.")] = "cpu") -> int:
         """Show the workloads, and the peers that are installed."""
         from brim_bench import command
 
-        return command.list_workloads()
+        return command.list_workloads(device)
 
     @bench.command
     def run(
-        *names: Annotated[str, flag("Workloads, or patterns such as 'mlp_*'; all without.")],
+        *names: Annotated[str, flag("Workloads, or patterns such as 'mlp_*'; all of the device without.")],
         device: Annotated[str, flag("cpu (default), cuda, cuda:1.")] = "cpu",
-        vs: Annotated[str | None, flag("torch,torch_fused,torch_compile,jax,mlx,tinygrad, or module:Class.")] = None,
+        vs: Annotated[
+            str | None, flag("Peers: torch,torch_fused,torch_compile,torch_graphs,jax,mlx,tinygrad, or module:Class.")
+        ] = None,
         threads: Annotated[int | None, flag("Threads of each side; all processors.")] = None,
         rounds: Annotated[int, flag("Rounds of each side, 7; twice as many where they spread.")] = 7,
         seconds: Annotated[float, flag("Seconds of a round, 0.3.")] = 0.3,
@@ -52,6 +54,23 @@ def add_bench(app: Any) -> None:
         count = processors() if threads is None else threads
         options = Options(device, count, rounds, seconds, max_spread, max_others, eager)
         return command.run(names, [one.strip() for one in (vs or "").split(",") if one.strip()], options, json, html)
+
+    @bench.command
+    def gpu(
+        *names: Annotated[str, flag("Workloads, or patterns such as 'gpu_gemm_*'; all for GPUs without.")],
+        minutes: Annotated[float, flag("For everything, 10; the most important comes first.")] = 10.0,
+        device: Annotated[str, flag("cuda (default), cuda:1.")] = "cuda",
+        vs: Annotated[str, flag("Peers, torch,torch_compile,torch_graphs.")] = "torch,torch_compile,torch_graphs",
+        threads: Annotated[int | None, flag("Threads of each side on the host; all processors.")] = None,
+        tiny: Annotated[bool, flag("Rehearse with small sizes, on any device.")] = False,
+        json: Annotated[Path | None, flag("Where the results go, benchmarks/results/DATE-bench-CARD.json.")] = None,
+        html: Annotated[Path | None, flag("Write a page that works offline.")] = None,
+    ) -> int:
+        """Measure everything on a GPU within a given time, and keep it."""
+        from brim_bench.gpu import run_all
+
+        peers = [one.strip() for one in vs.split(",") if one.strip()]
+        return run_all(minutes, device, peers, names, json, html, tiny, threads)
 
     @bench.command
     def compare(
@@ -86,6 +105,7 @@ def add_bench(app: Any) -> None:
         gpus: Annotated[int, flag("How many of each single accelerator, 1.")] = 1,
         mfu: Annotated[float, flag("Share of a datasheet's peak that a training reaches, 0.4.")] = 0.4,
         threads: Annotated[int | None, flag("Threads of the measurement; all processors.")] = None,
+        results: Annotated[Path | None, flag("JSON of a run on a GPU, or a folder; benchmarks/results.")] = None,
         json: Annotated[Path | None, flag("Write the table as JSON.")] = None,
         html: Annotated[Path | None, flag("Write a page that works offline.")] = None,
     ) -> int:
@@ -94,4 +114,5 @@ def add_bench(app: Any) -> None:
         from brim_bench.environment import processors
 
         count = processors() if threads is None else threads
-        return command.machinery_table(flops, params, tokens, gpus, mfu, count, command.usable_devices(), json, html)
+        places = command.usable_devices()
+        return command.machinery_table(flops, params, tokens, gpus, mfu, count, places, json, html, results)
