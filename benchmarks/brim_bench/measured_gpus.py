@@ -30,10 +30,10 @@ def measured_gpus(path: Path | None = None) -> list[Measured]:
         ValueError: a file that was named is no run on a GPU.
     """
     if path is not None and not path.is_dir():
-        document = read_document(path)
-        if not _on_gpu(document):
+        named = read_document(path)
+        if not _on_gpu(named):
             raise ValueError(f"{path}: expected the JSON of a run on a GPU that is no rehearsal (`brim bench gpu`)")
-        return _rates(document, path.name)
+        return _rates(named, path.name)
     latest: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
     for name, document in _documents(RESULTS if path is None else path):
         if _on_gpu(document):
