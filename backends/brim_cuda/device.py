@@ -6,6 +6,7 @@ There are two machines: ``brim_cuda.machine.GpuMachine``, the NVIDIA GPUs of thi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from brim.spec import Scalar, Spec
 from brim_cuda import registry, steps
 from brim_cuda.dnn import Dnn, Execute
 from brim_cuda.dnn_conv import CONVOLUTIONS
+from brim_cuda.dnn_open import open_for_profile
+from brim_cuda.dnn_open import wanted as dnn_wanted
 from brim_cuda.gemm_epilogue import joins_epilogue
 from brim_cuda.gemm_run import Multiply, Zero
 from brim_cuda.graphs import SHORTEST, Graph, Graphed, wanted
@@ -125,6 +128,8 @@ class CudaBackend:
 
     def __init__(self, machine: Machine, kind: str = "cuda") -> None:
         self.machine, self.kind = machine, kind
+        self._profile: tuple[Dnn | None, str] | None = None
+        self._for_profiles: dict[tuple[str, str], CudaBackend] = {}
         self.count, self.describe, self.facts, self.connect = (
             machine.count, machine.describe, machine.facts, machine.connect,
         )  # fmt: skip
@@ -139,7 +144,21 @@ class CudaBackend:
 
     def dnn(self) -> Dnn | None:
         """cuDNN, where it is used."""
-        return self.machine.loader.dnn()
+        return self.machine.loader.dnn() if self._profile is None else self._profile[0]
+
+    @property
+    def dnn_status(self) -> str:
+        """One line on whether plans for a profile's card ask cuDNN; "" for devices that are there."""
+        return "" if self._profile is None else self._profile[1]
+
+    def for_profile(self, name: str) -> CudaBackend:
+        """This backend as it plans for a card that is not there. Raises DeviceError where cuDNN is insisted on."""
+        key = name, dnn_wanted()
+        if key not in self._for_profiles:
+            made = copy.copy(self)
+            made._profile = open_for_profile(name)
+            self._for_profiles[key] = made
+        return self._for_profiles[key]
 
     def gains_channels_last(
         self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]

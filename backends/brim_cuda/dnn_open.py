@@ -7,14 +7,17 @@ beside them, though no GPU, and brim must know the card's properties.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from brim.errors import DeviceError
 from brim.spec import DTYPES
+from brim_cuda import cublaslt
 from brim_cuda.dnn import Cudnn, DnnTensor
 from brim_cuda.dnn_conv import ConvRequest
 from brim_cuda.requirements import about_cudnn, installed_packages
@@ -106,6 +109,7 @@ def open_for_profile(
     environ: Mapping[str, str] = os.environ,
     packages: Callable[[], Iterable[str]] = installed_packages,
     import_module: Callable[[str], Any] = importlib.import_module,
+    load_library: Callable[[str], Any] = ctypes.CDLL,
 ) -> Opened:
     """cuDNN for plans alone, for a card of a profile. Raises DeviceError as ``open_for_device`` does."""
     way = wanted(environ)
@@ -113,6 +117,11 @@ def open_for_profile(
         return None, "not used: BRIM_CUDNN=0"
     if profile not in CARDS:
         return _refuse(way, f"cuDNN is not asked for plans for {profile}, but for {', '.join(CARDS)} alone")
+    try:
+        load_library("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        cublaslt.load()  # the library ends the process where it does not find it
+    except (OSError, DeviceError) as error:
+        return _refuse(way, f"cuDNN makes no plans on this machine, libraries that it loads are missing: {error}")
     module, problem = _frontend(None, packages, import_module)
     if module is None:
         return _refuse(way, problem)
@@ -122,6 +131,5 @@ def open_for_profile(
         library = Cudnn(module, properties=described, sm_version=sm_version)
         library.plan(_PROBE)
     except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        return _refuse(way, f"cuDNN makes no plans on this machine (it needs the NVIDIA driver's library): {why}")
+        return _refuse(way, f"cuDNN makes no plans on this machine: {' '.join(str(error).split())[:200]}")
     return library, f"{library.version()} asked for plans without the card"

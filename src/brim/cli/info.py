@@ -16,10 +16,12 @@ from brim.units import format_bytes
 
 __all__ = ["run"]
 
-_PACKAGES = ("numpy", "ml_dtypes", "opt_einsum", "safetensors", "psutil", "rich", "cyclopts", "pooch", "cupy")
+_PACKAGES = ("numpy", "ml_dtypes", "opt_einsum", "safetensors", "psutil", "rich", "cyclopts", "pooch", "cupy", "cudnn")
+_DISTRIBUTIONS = {"cudnn": "nvidia-cudnn-frontend"}
 _EXTRAS = {
     "pooch": "downloads of data sets: pip install 'brim[data]'",
     "cupy": "NVIDIA GPUs: pip install 'brim[cuda12]' or 'brim[cuda13]' (as the driver allows)",
+    "cudnn": "faster convolutions and attention on NVIDIA GPUs: pip install 'brim[cudnn12]' or 'brim[cudnn13]'",
 }
 
 
@@ -41,6 +43,9 @@ def run() -> int:
             continue
         limit = found.memory.limit_bytes
         print(f"device    {found}: budget {found.memory.budget}{'' if limit is None else f' = {format_bytes(limit)}'}")
+        told = getattr(found.backend, "facts", None)
+        if told is not None and "cudnn" in (said := told(found.index)):
+            print(f"          cuDNN: {said['cudnn']}")
     print(f"profiles  brim plan --device-profile {', '.join(PROFILES)}")
     for name, how in _EXTRAS.items():
         if find_spec(name) is None:
@@ -50,7 +55,7 @@ def run() -> int:
 
 def _version(name: str) -> str:
     try:
-        return version(name)
+        return version(_DISTRIBUTIONS.get(name, name))
     except PackageNotFoundError:
         return "(version unknown)"
 

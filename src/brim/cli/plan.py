@@ -22,7 +22,7 @@ from brim.models import GPT2, GPT2_SIZES, next_token_loss, resnet18, resnet50
 from brim.program.batch import BatchSearch
 from brim.program.check import over_budget
 from brim.program.plan import Plan
-from brim.program.profiles import find_profile
+from brim.program.profiles import find_profile, library_status
 from brim.train import RunFolder, Trainer
 from brim.units import format_bytes
 
@@ -154,6 +154,8 @@ def _print(plan: Plan, limit_bytes: int | None, budget: str, planned_s: float) -
         profile = find_profile(plan.profile or "")
         print(f"device    {profile.title}, {format_bytes(profile.memory_bytes)}; {profile.note}")
         print("          estimated: its size and overhead")
+        if status := library_status(profile.name):
+            print(f"          cuDNN: {status}")
     print(f"peak      {format_bytes(plan.peak_bytes)} ({exact}) on {plan.device}")
     print(f"at        {plan.peak_at}")
     print(f"by kind   {' | '.join(f'{kind} {format_bytes(nbytes)}' for kind, nbytes in plan.by_kind().items())}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from brim.device import Device, find_backend
 
-__all__ = ["PROFILES", "DeviceProfile", "ProfileDevice", "find_profile", "profile_facts"]
+__all__ = ["PROFILES", "DeviceProfile", "ProfileDevice", "find_profile", "library_status", "profile_facts"]
 
 _MIB = 2**20
 
@@ -112,6 +112,18 @@ class _ProfileBackend:
         return getattr(self._backend, name)
 
 
+def _planner(name: str) -> Any:
+    """The CUDA backend as it chooses kernels for a profile's card."""
+    backend: Any = find_backend("cuda")
+    choose = getattr(backend, "for_profile", None)
+    return backend if choose is None else choose(name)
+
+
+def library_status(name: str) -> str:
+    """One line on whether plans for a profile ask the vendor's library for convolutions; "" where nobody tells."""
+    return str(getattr(_planner(name), "dnn_status", ""))
+
+
 class ProfileDevice(Device):
     """A device that can be planned for, and not run on: a profile, with the kernel table of the CUDA backend.
 
@@ -126,7 +138,7 @@ class ProfileDevice(Device):
         self.profile = find_profile(profile) if isinstance(profile, str) else profile
         self.stands_on = stands_on
         self.kind, self.index, self.name = stands_on.kind, stands_on.index, self.profile.name
-        self.backend = _ProfileBackend(find_backend("cuda"), self.profile)
+        self.backend = _ProfileBackend(_planner(self.profile.name), self.profile)
         self.memory = None  # type: ignore[assignment]  # nothing is ever allocated here
 
 
