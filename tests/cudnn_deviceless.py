@@ -187,7 +187,7 @@ def attention(names: tuple[str, ...] = ("bfloat16",), shapes: Any = ATTENTIONS[:
 
 
 def compiled() -> Any:
-    """What the library compiles for the shape: attention as above, and (precision, with a residual, plan) of epilogues."""
+    """What the library compiles for the shape: attention as above; (precision, with residual, plan) of epilogues."""
     from dataclasses import replace
 
     library, rows = _library(), []

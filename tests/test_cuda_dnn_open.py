@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -149,8 +150,7 @@ def test_it_is_used_where_it_is_there() -> None:
 def test_what_is_wrong_with_packages(packages: Any, major: int | None, version: str, said: str) -> None:
     problem = about_cudnn(packages, major, version)
     assert problem is not None
-    with pytest.raises(AssertionError, match=said):
-        raise AssertionError(problem)
+    assert re.search(said, problem)
     frontend = Frontend(version or "1.28.0")
     library, status = opened(packages=packages, frontend=frontend, major=major)
     assert library is None

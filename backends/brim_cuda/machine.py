@@ -48,6 +48,8 @@ _MIB = 1 << 20
 _CONTEXT_BYTES = 450 * _MIB  # of a context with cuBLASLt, where it cannot be measured (see brim.program.profiles)
 _LATER_BYTES = 64 * _MIB
 """Room for kernels that are loaded after the start: CUDA loads a kernel's code at its first use."""
+_DNN_LATER_BYTES = 128 * _MIB
+"""More of it with cuDNN, which has many large kernels; a guess, not measured."""
 
 
 class _Buffer:
@@ -355,11 +357,12 @@ class GpuMachine:
         gpu = self._gpu(index)
         assert gpu.vram.overhead is not None
         headroom = gpu.provider.headroom_bytes()
+        later_bytes = _LATER_BYTES + (_DNN_LATER_BYTES if self.loader.dnn() is not None else 0)
         return MemoryInfo(
             total_bytes=gpu.provider.total_bytes(),
-            available_bytes=max(0, gpu.provider.free_bytes() - _LATER_BYTES) + headroom,
+            available_bytes=max(0, gpu.provider.free_bytes() - later_bytes) + headroom,
             limited_by=f"memory of the device ({gpu.provider.kind})",
-            overhead_bytes=gpu.vram.overhead.nbytes + _LATER_BYTES,
+            overhead_bytes=gpu.vram.overhead.nbytes + later_bytes,
             overhead_exactness="estimated",
             headroom_bytes=headroom,
             unified=gpu.provider.shares_host_memory,
