@@ -20,6 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from brim_cuda.cublaslt import _PROTOTYPES
+from brim_cuda.nvrtc import find_nvrtc
+
 __all__ = ["RESNET50", "asked", "why_not"]
 
 _DRIVER = """
@@ -43,7 +46,8 @@ _LOADING = {  # what a driver does with a compiled kernel
     "cuLibraryUnload": "() { return 0; }",
 }
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
-_BLAS = "int cublasLtCreate() { return 1; }\nunsigned long cublasLtGetVersion() { return 120903; }\n"
+_BLAS = "".join(f"int {name}() {{ return 1; }}\n" for name in (*_PROTOTYPES, "cublasLtGetStatusName"))
+_BLAS += "unsigned long cublasLtGetVersion() { return 120903; }\n"
 
 # Channels in and out, size of the images, of the window, step, padding: every kind of convolution of a ResNet-50.
 RESNET50 = (
@@ -71,7 +75,7 @@ def why_not() -> str:
     for module, package in (("cudnn", "nvidia-cudnn-frontend"), ("nvidia.cudnn", "nvidia-cudnn-cu12")):
         if _missing(module):
             return f"needs {package}, which is not installed"
-    return ""
+    return "" if find_nvrtc() else "needs NVRTC, which was not found: pip install nvidia-cuda-nvrtc-cu12"
 
 
 def _missing(module: str) -> bool:
@@ -91,7 +95,7 @@ def asked(what: str, folder: Path, *, loading: bool) -> Any:
     answers = dict.fromkeys(_DRIVER.split(), f"() {{ return {_NO_DEVICE}; }}") | (_LOADING if loading else {})
     text = "".join(f"int {name}{answer}\n" for name, answer in answers.items())
     text += "int cuDriverGetVersion(int *version) { *version = 13000; return 0; }\n"
-    for name, source in (("libcuda.so.1", text), ("libcublasLt.so.12", _BLAS)):
+    for name, source in (("libcuda.so.1", text), ("libcublasLt.so.12", _BLAS), ("libcublasLt.so", _BLAS)):
         (folder / "stub.c").write_text(source, encoding="utf-8")
         command = ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}", "-o", str(folder / name)]
         subprocess.run([*command, str(folder / "stub.c")], check=True)

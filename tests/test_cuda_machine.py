@@ -13,9 +13,11 @@ from brim import nn, optim
 from brim.errors import BudgetExceeded, DeviceError
 from brim.spec import DTYPES, Spec
 from brim_cuda import backend
+from brim_cuda.dnn_host import HostCudnn
 from brim_cuda.emulation import find_compiler
 from brim_cuda.graph_driver import Driver
-from brim_cuda.machine import GpuMachine
+from brim_cuda.lowlevel import LowLevelError
+from brim_cuda.machine import _DNN_LATER_BYTES, _LATER_BYTES, GpuMachine
 
 pytest.importorskip("cupy", reason="needs CuPy, for its arrays (no GPU)")
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs g++, which was not found")
@@ -193,6 +195,41 @@ def test_facts_name_versions_and_sizes(cupy: StandIn, monkeypatch: pytest.Monkey
     library = machine().loader.gemm().library
     monkeypatch.setattr(library, "version", lambda: 120903, raising=False)
     assert machine().facts(0)["cublasLt"] == "12.9.3"
+
+
+class Refusing(HostCudnn):
+    """A library that plans, and runs nothing."""
+
+    def execute(self, *given: object) -> None:
+        raise LowLevelError("CUDNN_STATUS_EXECUTION_FAILED")
+
+
+def test_cudnn_is_tried_when_the_device_starts(cupy: StandIn) -> None:
+    found = machine()
+    found.loader.dnn_library = twin = HostCudnn()
+    without = _LATER_BYTES + CONTEXT_BYTES
+    assert found.memory(0).overhead_bytes >= without + _DNN_LATER_BYTES
+    assert [plan.request.kind for plan in twin.executed] == ["fprop"]
+    assert found.facts(0)["cudnn"] == "NumPy in place of cuDNN"
+    assert not cupy.cuda.runtime.live
+
+
+def test_cudnn_that_does_not_run_is_not_used(cupy: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = machine()
+    found.loader.dnn_library = Refusing()
+    assert "not used: conv2d(" in found.facts(0)["cudnn"]
+    assert "CUDNN_STATUS_EXECUTION_FAILED" in found.facts(0)["cudnn"]
+    assert found.loader.dnn() is None
+    x = brim.asarray(np.ones((1, 2, 4, 4), np.float32), device=NAME)
+    w = brim.asarray(np.ones((3, 2, 3, 3), np.float32), device=NAME)
+    assert brim.nn.functional.conv2d(x, w).numpy().max() == 18.0
+
+
+def test_cudnn_that_is_insisted_on_must_run(cupy: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRIM_CUDNN", "1")
+    machine().loader.dnn_library = Refusing()
+    with pytest.raises(DeviceError, match="CUDNN_STATUS_EXECUTION_FAILED"):
+        brim.asarray([1.0], device=NAME)
 
 
 def test_the_entry_point_needs_no_gpu_to_choose_kernels() -> None:
