@@ -1,5 +1,5 @@
 // conv2d and its gradient with respect to the input where few channels of a result see the same channels of the source
-// (a first layer's gradient, one filter a channel) and rows are met without a stride: many pixels of a row at once,
+// (a first layer's gradient, groups of few channels) and rows are met without a stride: many pixels of a row at once,
 // where conv.cpp would leave most of a vector of channels empty.
 //
 // A piece is some rows of one image, laid out as planes with zeros around them.
