@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 import brim
+import emulated
 from bench_documents import LIMITS
 from brim.cli import main
 from brim.errors import DeviceError
@@ -498,3 +499,24 @@ def test_a_child_rehearses_when_told() -> None:
         assert player.ask("card") == {"card": {}}
         assert player.ask("state") == {"state": {}}
         assert set(player.ask("check", workload="gpu_sgd_1G")["results"]) == {"update"}
+
+
+# ---- the emulated device
+
+
+@pytest.mark.emulated
+@pytest.mark.skipif(bool(emulated.WHY_NOT), reason=emulated.WHY_NOT or "-")
+def test_memory_on_a_cuda_device_is_told_without_its_overhead() -> None:
+    settled = emulated.device()
+    emulated.settle()
+    side = Brim("emulated", 1)
+    assert side.events() is None  # an emulation has no times
+    assert side.card() == {}
+    side.start_memory()
+    job = side.build(workload("gpu_sgd_10M"), False)
+    for _ in range(4):
+        job.run()
+    figures = side.memory_figures(job)
+    count = 30 * 20 + 20 + 7 * 5
+    assert 3 * 4 * count <= figures["planned_peak_bytes"] < settled.memory.overhead_bytes
+    assert 3 * 4 * count <= figures["held_peak_bytes"] < settled.memory.overhead_bytes

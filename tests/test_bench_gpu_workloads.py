@@ -1,9 +1,9 @@
-"""The benchmark's workloads for GPUs: the same work on all sides at tiny sizes, plans at full size, turns, timing."""
+"""The benchmark's workloads for GPUs: the same work on all sides at tiny sizes, turns, timing."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -123,50 +123,6 @@ def test_a_tiny_workload_keeps_the_name() -> None:
     assert one.tiny.tiny is None
 
 
-# ---- plans at full size, for a card that is not here
-
-
-class Planning(Brim):
-    """Builds workloads without memory; a step is planned for a card and never run."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu", 1)
-        self.plans: list[Any] = []
-
-    def asarray(self, host: Any) -> Any:
-        return brim.zeros(host.shape, dtype=host.dtype.name)
-
-    def noise(self, shape: Any, seed: int = 0, dtype: str = "float32") -> Any:
-        return brim.zeros(tuple(shape), dtype=dtype)
-
-    def repeated(self, block: Any, shape: Any, dtype: str) -> Any:
-        return brim.zeros(tuple(shape), dtype=dtype)
-
-    def load(self, model: Any, seed: int) -> Any:
-        return model
-
-    def step(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: self.plans.append(brim.plan(fn, *arguments, device_profile="h100-80gb"))
-
-    _last = step
-
-
-@pytest.mark.parametrize("name", [
-    "gpu_mlp_b1024", "gpu_resnet18_b128_bf16", "gpu_resnet50_b64_tf32", "gpu_lm_b32_fp32", "gpu_gpt2_b8_bf16",
-    "gpu_launch_overhead", "gpu_gemm_8192x8192x8192_bf16", "gpu_attention_8192_bf16", "gpu_eltwise_float32",
-    "gpu_ln_bfloat16", "gpu_bn_fp32", "gpu_dropout_fp32", "gpu_xent_50257_fp32", "gpu_adamw_1G", "gpu_sgd_10M",
-])  # fmt: skip
-def test_full_sizes_are_planned_for_a_card_that_is_not_here(name: str) -> None:
-    workload = next(one for one in GPU_WORKLOADS if one.name == name)
-    side = Planning()
-    with brim.meta():
-        job = side.build(workload, False)
-    job.run()
-    (plan,) = side.plans
-    assert plan.profile == "h100-80gb"
-    assert workload.nbytes / 16 < plan.peak_bytes <= workload.needs_bytes, (plan.peak_bytes, workload.needs_bytes)
-
-
 # ---- sets of arrays in turn
 
 
@@ -216,6 +172,47 @@ def test_errors_of_a_compiler_are_no_failures() -> None:
     assert compiler.refuses(Unsupported("no"))
     assert not compiler.refuses(RuntimeError("out of memory"))
     assert not find_side("torch")("cpu", 1).refuses(CannotCompile("no"))
+
+
+@NO_TORCH
+def test_torch_is_timed_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("recorded")
+
+        def synchronize(self) -> None:
+            log.append("waited")
+
+        def elapsed_time(self, later: Event) -> float:
+            return 5.0
+
+    side = find_side("torch")("cpu", 1)
+    assert side.events() is None
+    side.place = torch.device("cuda")  # type: ignore[attr-defined]
+    events = side.events()
+    assert events is not None
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    before, after = events.mark(), events.mark()
+    assert log == ["recorded"] * 2
+    assert events.seconds(before, after) == pytest.approx(5e-3)
+    assert log[2:] == ["waited"]
+
+
+@NO_TORCH
+def test_a_torch_without_cuda_has_no_side_there() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this PyTorch has CUDA")
+    with pytest.raises(Unsupported, match="no CUDA"):
+        find_side("torch")("cuda", 1)
 
 
 # ---- timing by events

@@ -5,6 +5,7 @@ A row says "ok", or why there is no figure: "too noisy", "wrong result", "failed
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -163,13 +164,10 @@ def _note_state(player: Player, row: dict[str, Any], options: Options) -> None:
     """Keep the lowest and the highest of what brim's side reads of the device, right after a round."""
     if options.device.partition(":")[0] == "cpu":
         return
-    try:
-        state = player.ask("state").get("state", {})
-    except PlayerFailed:
-        return  # its own next round tells
-    for name, value in state.items():
-        low, high = row.setdefault("device_state", {}).get(name, (value, value))
-        row["device_state"][name] = [min(low, value), max(high, value)]
+    with contextlib.suppress(PlayerFailed):  # its own next round tells
+        for name, value in player.ask("state").get("state", {}).items():
+            low, high = row.setdefault("device_state", {}).get(name, (value, value))
+            row["device_state"][name] = [min(low, value), max(high, value)]
 
 
 # ---- before the rounds ----
@@ -189,14 +187,15 @@ def _prepare(
             say(f"{workload.name}: {player.side} is compared and warms up")
             results = _build(player, workload, options, ours, side, compare=True)
             ours = results if ours is None else ours
-            if side["status"] != OK:
-                continue
         except PlayerFailed as error:
             _fail(side, error)
             if player is players[0]:
                 return []
-            continue
-        ready.append(player)
+        if side["status"] == OK:
+            ready.append(player)
+        else:  # what it has built must not take memory that the others need
+            with contextlib.suppress(PlayerFailed):
+                player.ask("drop")
     return ready
 
 

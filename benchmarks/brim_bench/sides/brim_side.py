@@ -172,14 +172,18 @@ class Brim(Side):
         self._live_bytes = brim.memory_stats(self.place)["live_bytes"]
 
     def memory_figures(self, job: Job) -> dict[str, float]:
-        """The plan's peak, what the ledger held at most, and how many allocations a run makes."""
+        """The plan's peak and what the ledger held at most, both without the overhead; allocations of a run."""
         before = brim.memory_stats(self.place)
         job.run()
         after = brim.memory_stats(self.place)
         found = {
             "held_peak_bytes": after["peak_bytes"] - self._live_bytes,
-            **({} if self.measuring is None else {"reserved_peak_bytes": after["peak_held_bytes"]}),
+            **(
+                {}
+                if self.measuring is None
+                else {"reserved_peak_bytes": after["peak_held_bytes"] - self.place.memory.overhead_bytes}
+            ),
             "allocations_per_run": after["allocations"] - before["allocations"],
         }
-        plans = [step.current_plan().peak_bytes for step in job.compiled]
+        plans = [one.peak_bytes - one.overhead_bytes for one in (step.current_plan() for step in job.compiled)]
         return found | ({"planned_peak_bytes": max(plans)} if plans else {})
