@@ -268,3 +268,13 @@ def test_a_round_of_very_short_runs_ends() -> None:
     times, _ = time_events(Job(device.run, dict), device, 0.01)
     assert device.runs < 2e5
     assert times[0] == pytest.approx(1e-7, rel=1e-3)
+
+
+def test_noise_is_the_same_again_whatever_was_done_to_it() -> None:
+    side = Brim("cpu", 1)
+    first = side.noise((40, 3), seed=5)
+    before = side.numpy(first).copy()
+    first += 1.0
+    np.testing.assert_array_equal(side.numpy(side.noise((40, 3), seed=5)), before)
+    assert not np.array_equal(side.numpy(side.noise((40, 3), seed=6)), before)
+    np.testing.assert_allclose(side.numpy(side.noise((40, 3), 5, "bfloat16")).astype(np.float32), before, rtol=1e-2)

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -82,17 +83,16 @@ class Side:
     def noise(self, shape: Sequence[int], seed: int = 0, dtype: str = "float32") -> Any:
         """Normal numbers, the same on every side; made on the host in a block that is repeated on the device."""
         count = math.prod(shape)
-        block = np.random.default_rng(seed).standard_normal(min(count, _BLOCK), np.float32)
-        return self.repeated(self.asarray(block), shape, dtype)
+        return self.repeated(self.asarray(_normal(min(count, _BLOCK), seed).copy()), shape, dtype)
 
     def repeated(self, block: Any, shape: Sequence[int], dtype: str) -> Any:
         """A row-major array of this shape: the flat block again and again, in another dtype."""
         raise Unsupported(f"{self.name} cannot repeat arrays")
 
     def sample(self, value: Any) -> np.ndarray[Any, Any]:
-        """A host array of float32: about a million values, evenly spread, of a result that may be huge."""
+        """A host array of float32: a quarter of a million values or a few more, evenly spread, of what may be huge."""
         flat = value.detach().reshape(-1)
-        return self.numpy(flat[:: max(1, flat.shape[0] // 2**20)]).astype(np.float32)
+        return self.numpy(flat[:: max(1, flat.shape[0] // 2**18)]).astype(np.float32)
 
     def images(self, host: np.ndarray[Any, Any]) -> Any:
         """The same for images (N, C, H, W), in the layout that the side prefers."""
@@ -227,6 +227,14 @@ class Side:
         if workload.build is None:
             raise Unsupported(f"{workload.name} is a process of its own")
         return workload.build(self, checking, **workload.params)
+
+
+@lru_cache(maxsize=16)
+def _normal(count: int, seed: int) -> np.ndarray[Any, Any]:
+    """Normal numbers; large blocks take longer to make than to copy to a device."""
+    found = np.random.default_rng(seed).standard_normal(count, np.float32)
+    found.setflags(write=False)
+    return found
 
 
 def weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray[Any, Any]]:

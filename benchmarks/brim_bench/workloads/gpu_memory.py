@@ -32,8 +32,8 @@ def gpu_update(side: Any, checking: bool, which: str, size: str) -> Job:
     for _ in range(sets):
         parameters = []
         for number, shape in enumerate(_SHAPES[size]):
-            parameters.append(side.parameter(side.noise(shape, 2 * number)))
-            parameters[-1].grad = side.noise(shape, 2 * number + 1)
+            parameters.append(side.parameter(side.noise(shape, number % 4)))  # few blocks, made once
+            parameters[-1].grad = side.noise(shape, 4 + number % 4)
         first = first or parameters
         steps.append(side.step(side.optimizer(which, parameters).step))
 
