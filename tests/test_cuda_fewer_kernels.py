@@ -69,7 +69,7 @@ def test_updates_of_a_transformer_are_few_launches() -> None:
     for clip, most in ((None, 3), (1.0, 4)):
         program, traffic, parameters = gpt2(clip)
         assert parameters == 40
-        assert traffic.by_phase()["update"].launches <= most + (0 if clip is None else 90), traffic
+        assert traffic.by_phase()["update"].launches <= most + (0 if clip is None else 126), traffic
         updates = [i for i in program.instructions if i.phase == "update" and i.op.name in ("fused", "fused_many")]
         assert len(updates) <= most
 
@@ -84,4 +84,4 @@ def test_a_residual_network_stores_no_activation_twice() -> None:
     assert norms == found["batch_norm_grad"] + found["batch_norm_grad_fused"] == 20
     assert found["batch_norm_fused"] == found["batch_norm_grad_fused"] == 17, "all but one of each pair that is added"
     assert found["relu"] == 0
-    assert traffic.by_phase()["update"].launches <= 6
+    assert traffic.by_phase()["update"].launches <= 7

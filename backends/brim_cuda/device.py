@@ -123,7 +123,7 @@ class CudaBackend:
     """Updates of many parameters are one launch, as far as the peak of the step allows: between two launches a GPU is
     idle for microseconds, in which it could have moved megabytes. What waits for it lies in memory that is free."""
 
-    joins_updates = 64 << 20
+    joins_arrays_of = 64 << 20
     """Longer ones keep the GPU busy by themselves (``kernels.many.ELEMENTS_MAX`` elements of four bytes)."""
 
     def __init__(self, machine: Machine, kind: str = "cuda") -> None:

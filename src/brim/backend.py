@@ -165,9 +165,9 @@ class Backend(Protocol):
     the device as a dict of texts; ``process_bytes(index)``, what the driver says that this process holds on the device,
     or None where nobody tells; ``set_threads(n)`` and ``get_threads()``, where its kernels run on threads of this
     process; ``native_status()``, one line about the compiled kernels that it runs; and ``joins_side_by_side``, how many
-    bytes may be kept alive longer for the sake of fewer launches, where independent small elementwise groups of one
-    formula are to run as one ``fused_many``, with ``joins_updates``, how many bytes the largest state may have whose
-    update is joined to others; ``knows_fast_convolutions``, True where its convolutions take the param ``fast``;
+    bytes may be kept alive longer for the sake of fewer launches, where independent elementwise groups of one formula
+    are to run as one ``fused_many``, with ``joins_arrays_of``, how many bytes each of their arrays may have (1 MiB
+    without), and ``joins_updates``, how many where they update a state, if that is more; ``knows_fast_convolutions``, True where its convolutions take the param ``fast``;
     ``chained(calls)``, which joins a program's prepared calls where that saves time;
     ``feed(pairs, stage, generation)``, which copies the inputs of a step, (device array, host array) each, without
     waiting for what was launched before, and ``stages_inputs``, True where that is to go by way of a second set of

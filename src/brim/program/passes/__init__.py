@@ -110,6 +110,7 @@ def _joining(
         alignment_bytes=backend.alignment_bytes,
         scratch_bytes=scratch_bytes,
         peak=peak,
+        array_bytes=getattr(backend, "joins_arrays_of", ARRAY_BYTES_MAX),
         update_bytes=getattr(backend, "joins_updates", ARRAY_BYTES_MAX),
     )
     return [update_wrapper(joined, side_by_side)]

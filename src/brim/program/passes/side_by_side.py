@@ -35,6 +35,7 @@ def side_by_side(
     alignment_bytes: int = 1,
     scratch_bytes: Callable[[Instruction], int] | None = None,
     peak: Callable[[Program], int] | None = None,
+    array_bytes: int = ARRAY_BYTES_MAX,
     update_bytes: int = ARRAY_BYTES_MAX,
 ) -> Program:
     """The program with independent instructions of one formula on small arrays joined; the same results to the bit.
@@ -45,7 +46,8 @@ def side_by_side(
         alignment_bytes: every value takes the next multiple of it.
         scratch_bytes: working memory of an instruction; None: none.
         peak: the planned peak of a program in bytes; None: what ``live_bytes`` and the scratch come to.
-        update_bytes: the largest array of an instruction that makes new values of states and nothing else.
+        array_bytes: the largest array of an instruction.
+        update_bytes: the same where it makes new values of states and nothing else, if that is more.
 
     Returns:
         a program whose peak is no higher.
@@ -58,7 +60,7 @@ def side_by_side(
         ] + live[len(one.instructions) :]
 
     judge = peak or (lambda one: max(levels(one)))
-    search = _Search(program, levels(program), alignment_bytes, update_bytes)
+    search = _Search(program, levels(program), alignment_bytes, array_bytes, max(array_bytes, update_bytes))
     made, kept_bytes = search.joined(keeps_bytes)
     if made is program:
         return program
@@ -89,7 +91,9 @@ class _Member:
 
 
 class _Search:
-    def __init__(self, program: Program, levels: Sequence[int], alignment_bytes: int, update_bytes: int) -> None:
+    def __init__(
+        self, program: Program, levels: Sequence[int], alignment_bytes: int, array_bytes: int, update_bytes: int
+    ) -> None:
         self.program, self.levels = program, np.array(levels, np.int64)
         self.alignment_bytes = alignment_bytes
         self.readers = program.readers()
@@ -99,7 +103,7 @@ class _Search:
         keys = _Keys()
         for n, instruction in enumerate(program.instructions):
             is_update = all(out in self.at_home for out in instruction.outs)
-            largest_bytes = update_bytes if is_update else ARRAY_BYTES_MAX
+            largest_bytes = update_bytes if is_update else array_bytes
             if not _is_small(instruction, largest_bytes) or not is_fusible(instruction):
                 continue
             group = group_of(instruction)
