@@ -53,6 +53,7 @@ def of_attention() -> list[Kernel]:
     few: list[tuple[str, int, dict[str, Any]]] = [
         ("float16", 64, {"causal": True}), ("bfloat16", 128, {"causal": False}), ("float32", 64, {"tf32": True}),
         ("float16", 24, {"p": 0.1}), ("bfloat16", 128, {"p": 0.1}), ("float32", 64, {"p": 0.1, "causal": False}),
+        ("float32", 128, {"p": 0.1}),
     ]  # fmt: skip
     found = kernels_of(composite_works(attention_calls()))
     return found + [call.kernel for dtype, numbers, how in few for call in launches(dtype, numbers, **how)]

@@ -209,7 +209,8 @@ class _Launches:
         causal = str(self.how.causal).lower()
         plain = f"{function}<{causal}, {self.numbers}, {tile}>({pointers}, tiles, {rest});"
         if not self.on_tensor_cores:
-            text = f"""extern "C" __global__ void __launch_bounds__({_THREADS}, 4) NAME(PARAMS) {{
+            blocks_at_once = 2 if drawing and self.numbers > _MOST_PARTS else 4  # with 4, registers would be spilled
+            text = f"""extern "C" __global__ void __launch_bounds__({_THREADS}, {blocks_at_once}) NAME(PARAMS) {{
     const auto how = {how};
     {plain}
 }}
