@@ -9,14 +9,18 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 import brim
 from brim.check.networks import IN_HALF, NETWORKS, compiled, make
+from brim.op import REGISTRY
+from brim.spec import DTYPES, Spec
 from brim_cuda.launch import Kernel
 from brim_cuda.nvrtc import compile_cubin, find_nvrtc, nvrtc_version
+from brim_cuda.registry import Work, work_of
 from brim_cuda.source import translation_unit
 from brim_cuda.steps import Steps
 from emulating import kernels_of, recorded
@@ -59,6 +63,17 @@ def of_attention() -> list[Kernel]:
     return found + [call.kernel for dtype, numbers, how in few for call in launches(dtype, numbers, **how)]
 
 
+def wide_losses() -> list[Work]:
+    """Losses of rows that a block of 1,024 threads takes, alone and with their gradients."""
+    found: list[Work] = []
+    for dtype, classes in product(("float32", "bfloat16"), (50257, 50304)):
+        x, index = Spec((8, classes), DTYPES[dtype]), Spec((8,), DTYPES["int64"])
+        g, params = Spec((8,), DTYPES[dtype], (0,)), {"ignore_index": -100, "smoothing": 0.0}
+        for name, ins in (("cross_entropy", [x, index]), ("cross_entropy_with_grad", [x, index, g])):
+            found.append(work_of(REGISTRY[name], ins, REGISTRY[name].infer(ins, params), params))
+    return found
+
+
 def by_origin() -> dict[str, list[Kernel]]:
     """Kernels by what needs them, each under the first that does."""
     groups = {
@@ -66,6 +81,7 @@ def by_origin() -> dict[str, list[Kernel]]:
         "composites": kernels_of(composite_works(composite_calls())),
         "attention": of_attention(),
         "fused norms": kernels_of(composite_works([one for name in NAMES for one in cases(name)[::5]])),
+        "losses of many classes": kernels_of(wide_losses()),
         "planned networks": of_planned_networks(),
         "random formulas": kernels_of([work_for(*random_formula(np.random.default_rng(seed))) for seed in range(10)]),
     }

@@ -6,6 +6,7 @@ operand is said by ``Steps``, and operands that lie alike share theirs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,17 +74,31 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Printed:
-    """The text of one launch's functions.
+    """The text of functions that a norm's kernels read and write through.
 
     Attributes:
-        text: of functions that stand before the kernel; NAME stands for its name.
-        inside: statements at the kernel's start, which define ``first``, ``again``, ``last`` and ``wide``.
+        elements: the formulas ``NAME_before`` and ``NAME_after`` for one element; NAME stands for the kernel's name.
+        wide: whether units are read and written in one access, an expression.
+        functions: ``first``, ``again``, ``last``: statements that define them.
         arguments: what these need, (parameter, argument) each.
     """
 
-    text: str
-    inside: str
+    elements: dict[str, str]
+    wide: str
+    functions: dict[str, str]
     arguments: list[Argument]
+
+    def chosen(self, names: Sequence[str], also_wide: str = "") -> tuple[str, str, list[Argument]]:
+        """What a kernel that takes some of the functions needs: text before it, its first statements, arguments.
+
+        Arguments:
+            also_wide: more of the condition that units are read in one access.
+        """
+        functions = "\n    ".join(self.functions[name] for name in names)
+        inside = f"const bool wide = {self.wide or 'false'}{also_wide};\n    {functions}"
+        words = set(re.findall(r"\w+", inside))
+        text = "".join(text for name, text in self.elements.items() if name in words)
+        return text, inside, [(param, given) for param, given in self.arguments if param.name in words]
 
 
 class _Printer:
@@ -195,23 +210,23 @@ def printed(
             if prefix == "sb" or stores:
                 p.scalars.append((Param(f"{prefix}{n}", dtype), places[which - shift]))
     loop = f"\n#pragma unroll\n        for (int k = 0; k < {v}; ++k) "
-    functions = [
-        _first(p, head, others, kept if stores else (), own, dtypes[0], compute, name, loop, len(kept))
+    functions = {
+        name: _first(p, head, others, kept if stores else (), own, dtypes[0], compute, name, loop, len(kept))
         for name in (("first", "again") if keeps_first is None and stores else ("first",))
-    ]
+    }
     if keeps_first is not None and stores:
-        functions.append(_again(p, kept[keeps_first], own, compute, loop))
+        functions["again"] = _again(p, kept[keeps_first], own, compute, loop)
     if stores:
-        functions.append(_last(p, tail, others, made, dtypes[1], compute, loop))
-    text = head.element().replace("NAME_element", "NAME_before")
-    text += tail.element().replace("NAME_element", "NAME_after") if stores else ""
+        functions["last"] = _last(p, tail, others, made, dtypes[1], compute, loop)
+    bodies = {"NAME_before": head, "NAME_after": tail}
+    elements = {name: body.element().replace("NAME_element", name) for name, body in bodies.items()}
     sides = list(p.sides.values())
     aligned = [f"is_aligned<{C_TYPES[s.dtype]}, {v}>({s.name})" for s in sides if s.dense(v)] if v > 1 else []
     arguments: list[Argument] = [(pointer(s.name, s.dtype, const=not s.written), s.place) for s in sides]
     arguments += p.scalars
     arguments += [(steps_param(f"st{n}", index), steps.packed(index)) for n, steps in enumerate(p.steps)]
-    inside = [f"const bool wide = {' && '.join(aligned) or 'false'}WEIGHTS;", *functions]
-    return Printed(text, "\n    ".join(inside).replace("INDEX", itype), arguments)
+    functions = {name: function.replace("INDEX", itype) for name, function in functions.items()}
+    return Printed(elements, " && ".join(aligned), functions, arguments)
 
 
 def _first(

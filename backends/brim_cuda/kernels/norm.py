@@ -279,18 +279,23 @@ class _Launches:
             carried: numbers that a thread hands to the others.
         """
         of, lines = self.of, lines or self.lines
-        text = Printed("", "", []) if not given else text or self.text
+        text = text or self.text
         lanes = lanes or lines.lanes
         deal = [(self.deal[0][0], lanes), (self.deal[1][0], lines.across)]
-        operands = [*text.arguments, *rest, *deal]
+        vectors = ""
+        if of.rows and self.v > 1 and text is self.text:
+            vectors = "".join(
+                f" && is_aligned<{param.ctype.removeprefix('const ')}, {self.v}>({param.name})"
+                for param, _ in rest
+                if param.is_pointer and param.name in ("weight", "bias")
+            )
+        functions = [name for name in given.split(", ") if name]
+        before, inside, operands = text.chosen(functions, vectors) if functions else ("", "", [])
+        operands = [*operands, *rest, *deal]
         names = ", ".join([*(param.name for param, _ in (*rest, *deal)), *(["wide"] if wide else [])])
-        vectors = [] if of.rows is False or self.v == 1 or text is not self.text else [
-            f" && is_aligned<{param.ctype.removeprefix('const ')}, {self.v}>({param.name})"
-            for param, _ in rest if param.is_pointer and param.name in ("weight", "bias")
-        ]  # fmt: skip
-        source = f"""{text.text}
+        source = f"""{before}
 extern "C" __global__ void __launch_bounds__({BLOCK}) NAME(PARAMS) {{
-    {text.inside.replace("WEIGHTS", "".join(vectors))}
+    {inside}
     {function}({given}{names});
 }}
 """
