@@ -80,7 +80,7 @@ def by_origin() -> dict[str, list[Kernel]]:
         "table of ops": kernels_of([work for one in recorded() if (work := one.work()) is not None]),
         "composites": kernels_of(composite_works(composite_calls())),
         "attention": of_attention(),
-        "fused norms": kernels_of(composite_works([one for name in NAMES for one in cases(name)[::5]])),
+        "fused norms": kernels_of(composite_works([one for name in NAMES for one in cases(name)[::9]])),
         "losses of many classes": kernels_of(wide_losses()),
         "planned networks": of_planned_networks(),
         "random formulas": kernels_of([work_for(*random_formula(np.random.default_rng(seed))) for seed in range(10)]),
