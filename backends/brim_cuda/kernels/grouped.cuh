@@ -181,11 +181,21 @@ BRIM_FN void grouped_weight(
         }
 }
 
-// The sum of the pieces, one after the other.
+// The sum of the pieces: warps of a block take every so many of them, for 32 elements, and add up theirs in one order.
 template <class A, class T, class I> BRIM_FN void sum_of_pieces(const A* parts, T* w, I n, I pieces) {
-    for (I at = (I)(blockIdx.x * blockDim.x + threadIdx.x); at < n; at += (I)(gridDim.x * blockDim.x)) {
+    DYN_SHARED(A, shared);
+    const int lane = (int)threadIdx.x % 32, slot = (int)threadIdx.x / 32, slots = (int)blockDim.x / 32;
+    for (I first = (I)blockIdx.x * 32; first < n; first += (I)gridDim.x * 32) {
+        const I at = first + lane;
         A total = A(0);
-        for (I piece = 0; piece < pieces; ++piece) total = s::add(total, parts[piece * n + at]);
-        w[at] = cast<T>(total);
+        for (I piece = slot; at < n && piece < pieces; piece += slots) total = s::add(total, parts[piece * n + at]);
+        shared[threadIdx.x] = total;
+        __syncthreads();
+        for (int half = slots / 2; half > 0; half /= 2) {
+            if (slot < half) shared[threadIdx.x] = s::add(shared[threadIdx.x], shared[threadIdx.x + half * 32]);
+            __syncthreads();
+        }
+        if (slot == 0 && at < n) w[at] = cast<T>(shared[threadIdx.x]);
+        __syncthreads();
     }
 }

@@ -52,7 +52,8 @@ _SUMS = 36
 """Sums that a thread of the weight's gradient keeps in registers."""
 _LEAST_POSITIONS = 16
 """Positions that such a thread adds up at least."""
-_MAX_PIECES = 256
+_MAX_PIECES = 512
+_WARP = 32
 
 
 def is_small(w: Spec, groups: int) -> bool:
@@ -195,12 +196,13 @@ def _gradient_of_weight(g: Spec, x: Spec, out: Spec, stride: Pair, padding: Pair
         *common.rest,
         common.lanes(lanes),
     ]
-    blocks = (pieces, tiles, kernel[0] // rows)
-    first = _call("grouped_weight", (*kernel, rows, piece), operands, blocks, BLOCK * compute.itemsize)
+    grid = (pieces, tiles, kernel[0] // rows)
+    first = _call("grouped_weight", (*kernel, rows, piece), operands, grid, BLOCK * compute.itemsize)
     operands = [
         (pointer("parts", compute, const=True), Scratch(0)),
         (pointer("w", out.dtype), Out(0)),
         *common.numbers(n=out.size, pieces=pieces),
     ]
-    second = _call("sum_of_pieces", (), operands, (blocks_for(out.size),))
+    blocks = (blocks_for(-(-out.size // _WARP) * BLOCK),)
+    second = _call("sum_of_pieces", (), operands, blocks, BLOCK * compute.itemsize)
     return Work([first, second], pieces * out.size * compute.itemsize)
