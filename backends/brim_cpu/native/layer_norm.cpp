@@ -32,6 +32,7 @@ void layer_norm(T* out, T* means, T* vars, T* space, const T* x, const T* weight
             means[r] = mean, vars[r] = var;
             write_run(out + r * n, n, streamed, [=](T* to, i64 at, i64 count) {
                 const T *from = row + at, *w = weight + at, *b = bias + at;
+                if (streamed) prefetch(from, count * i64(sizeof(T)), n * i64(sizeof(T)));  // the next row
                 BRIM_INDEPENDENT
                 for (i64 j = 0; j < count; j++) to[j] = fma_((from[j] - mean) * rstd, w[j], b[j]);
             });
@@ -87,6 +88,10 @@ void layer_norm_grad(T* out, T* of_weight, T* of_bias, T* space, const T* g, con
             row_sums(sums, gradient, row, weight, mean, n);
             const T level = sums[0] / T(n), slope = sums[1] * rstd * rstd / T(n);
             write_run(out + r * n, n, streamed, [=](T* to, i64 at, i64 count) {
+                if (streamed) {  // the next row's, while this one's come from the caches
+                    prefetch(gradient + at, count * i64(sizeof(T)), n * i64(sizeof(T)));
+                    prefetch(row + at, count * i64(sizeof(T)), n * i64(sizeof(T)));
+                }
                 write_grad(to, slopes + at, levels + at, gradient + at, row + at, weight + at, count,
                            Row<T>{mean, rstd, level, slope});
             });
