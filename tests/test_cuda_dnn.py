@@ -417,3 +417,24 @@ def test_an_op_without_a_plan_is_bound_to_brims_kernel(place: Device, twin: Host
     assert dnn_work(twin, REGISTRY["attention"], [wide] * 3, [wide, Spec((1, 1, 4))], params) is None
     with pytest.raises(KeyError, match="512"):  # which does not take it either
         place.backend.bind(REGISTRY["attention"], [wide] * 3, [wide, Spec((1, 1, 4))], params)
+
+
+def test_an_epilogue_is_joined_only_where_both_layouts_have_a_plan(place: Device, twin: HostCudnn) -> None:
+    class Picky(HostCudnn):
+        def plan(self, request: Any) -> Any:
+            if request.x.strides[1] == 1:
+                raise DnnUnsupported("channels last")
+            return super().plan(request)
+
+    x, w = (brim.asarray(np.ones(shape, np.float32), device=place) for shape in ((1, 4, 5, 5), (4, 4, 3, 3)))
+    found = []
+    for library in (twin, Picky()):
+        place.backend.machine.loader.dnn_library = library
+        step = brim.compile(lambda given: F.relu(F.conv2d(given, w)), device=place)
+        try:
+            with brim.no_grad():
+                np.testing.assert_array_equal(step(x).numpy(), np.full((1, 4, 3, 3), 36, np.float32))
+        finally:
+            place.backend.machine.loader.dnn_library = twin
+        found.append(len(joined(step)))
+    assert found == [1, 0]

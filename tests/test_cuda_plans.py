@@ -26,6 +26,12 @@ pytestmark = pytest.mark.emulated
 PROFILE = "h100-80gb"
 
 
+@pytest.fixture(autouse=True)
+def without_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the emulated device has not, and a machine with a driver may have for the profile."""
+    monkeypatch.setenv("BRIM_CUDNN", "0")
+
+
 # ------------------------------------------------------------------------------------------------- plans of a profile
 
 

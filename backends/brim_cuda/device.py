@@ -18,7 +18,7 @@ from brim.op import Op
 from brim.spec import Scalar, Spec
 from brim_cuda import registry, steps
 from brim_cuda.dnn import Dnn, Execute
-from brim_cuda.dnn_conv import CONVOLUTIONS
+from brim_cuda.dnn_conv import CONVOLUTIONS, turned
 from brim_cuda.dnn_open import open_for_profile
 from brim_cuda.dnn_open import wanted as dnn_wanted
 from brim_cuda.gemm_epilogue import joins_epilogue
@@ -191,8 +191,13 @@ class CudaBackend:
     ) -> bool:
         """Whether a product and the elementwise group after it are one call of cuBLASLt, or of cuDNN."""
         dnn = self.dnn()
-        if dnn is not None and op.name in CONVOLUTIONS and registry.dnn_work(dnn, op, ins, outs, params) is not None:
-            return True
+        if dnn is not None and op.name in CONVOLUTIONS:
+            # A later pass may lay the images anew: then there must be a plan, too, for there is no other kernel.
+            other = [x if n == 1 else turned(x) for n, x in enumerate(ins)]  # a weight stays
+            found = [registry.dnn_work(dnn, op, ins, outs, params)]
+            found += [registry.dnn_work(dnn, op, other, [turned(x) for x in outs], params)]
+            if None not in found:
+                return True
         return joins_epilogue(op.name, ins, outs, params)
 
     def joins_norms(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from brim_cuda.gemm_conv import lies
 from brim_cuda.gemm_epilogue import Finish, _Matcher, _one, _reads_all, _Terms
 from brim_cuda.launch import In, Out, Place
 
-__all__ = ["CONVOLUTIONS", "ConvRequest", "conv_request", "match_conv_epilogue"]
+__all__ = ["CONVOLUTIONS", "ConvRequest", "conv_request", "match_conv_epilogue", "turned"]
 
 Pair = tuple[int, int]
 _DTYPES = tuple(DTYPES[name] for name in ("float32", "float16", "bfloat16"))
@@ -167,6 +167,14 @@ def _tensor(spec: Spec, last: bool) -> DnnTensor | None:
     if lies(spec, True) and (last or not spec.contiguous):
         return DnnTensor(spec.shape, (h * w * c, 1, w * c, c), spec.dtype)
     return _row_major(spec.shape, spec.dtype) if spec.contiguous else None
+
+
+def turned(x: Any) -> Any:
+    """Images that lie row-major as they would lie channels last; anything else as it is."""
+    if not isinstance(x, Spec) or x.ndim != 4 or not x.contiguous:
+        return x
+    _, c, h, w = x.shape
+    return Spec(x.shape, x.dtype, (h * w * c, 1, w * c, c))
 
 
 def _row_major(shape: tuple[int, ...], dtype: Any) -> DnnTensor:

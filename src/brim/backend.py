@@ -71,7 +71,7 @@ class BoundKernel:
         prepare: ``prepare(out, *ins, scratch=None, **params)`` gives calls without arguments that together do what
             ``run`` does on exactly these arrays; None where there are none. Scalars among the inputs are constants,
             but for a ``ScalarCell``.
-        aligned_bytes: what the address of each array must be a multiple of (the caller copies views that are off).
+        aligned_bytes: what each array's address must be a multiple of, at most 64 (the caller copies other views).
         exact_outputs: outputs must have the layouts of their specs; otherwise any strides will do.
         launches: how many kernels and library calls ``run`` launches, for reports.
         skipped_in_place: how many of them are not needed where the output lies over the first input.

@@ -23,6 +23,9 @@ Pass = Callable[[Program], Program]
 
 COPY = REGISTRY["copy"]
 
+_ROUND_BYTES = 64
+"""No kernel asks for addresses that are multiples of more."""
+
 
 @dataclass(eq=False, slots=True)
 class Prepared:
@@ -78,18 +81,25 @@ def _operand(operand: Any) -> Any:
     return operand.kind(1) if isinstance(operand, HostScalar) else operand
 
 
+def _start(ref: Ref) -> int:
+    """Bytes from the start of a value, which is aligned, to what is read of it."""
+    return ref.offset * ref.spec.dtype.itemsize
+
+
 def _legalize(program: Program, backend: Backend) -> Program:
     """Copies where a kernel wants row-major inputs, or inputs that start at round addresses, and gets others."""
     out: list[Instruction] = []
     for instruction in program.instructions:
-        if any(not ref.spec.contiguous or ref.offset for ref in instruction.refs) and instruction.op is not STORE:
+        if any(not ref.spec.contiguous or _start(ref) % _ROUND_BYTES for ref in instruction.refs) and (
+            instruction.op is not STORE
+        ):
             kernel = bind(instruction, backend)
             flags = (*kernel.contiguous, *(False,) * (len(instruction.ins) - len(kernel.contiguous)))
             ins = list(instruction.ins)
             for position, (needed, operand) in enumerate(zip(flags, instruction.ins, strict=False)):
                 if not isinstance(operand, Ref):
                     continue
-                off = operand.offset * operand.spec.dtype.itemsize % kernel.aligned_bytes != 0
+                off = _start(operand) % kernel.aligned_bytes != 0
                 if off or (needed and not operand.spec.contiguous):
                     made = Value(Spec(operand.spec.shape, operand.spec.dtype), op="copy", layer=instruction.layer)
                     made.site = instruction.site
