@@ -149,34 +149,49 @@ class HostServices:
 class Backend(Protocol):
     """What a device package implements.
 
-    It may also have ``prefers_channels_last``, the names of ops that are faster on images (N, C, H, W) whose channels
-    lie side by side, and ``gains_channels_last(op, ins, outs, params)``, which tells whether one of these does with
-    these specs; ``joins_epilogue(op, ins, outs, params)``, which tells whether a ``matmul_epilogue`` or
-    ``conv2d_epilogue`` of these specs is wanted instead of the product and the elementwise group after it;
-    ``joins_norms(op, ins, outs, params)``, which tells whether one of the ``FUSED_NORMS`` of these specs
-    (``brim.program.norm_groups``) is wanted instead of a norm and the elementwise groups around it;
-    ``joins_loss_gradient(op, ins, outs, params)``, which tells whether a ``cross_entropy_with_grad`` of these specs is
-    wanted instead of a loss and its gradient; ``keeps_powers(op, ins, outs, params)``, which tells whether it has a
-    kernel for a ``cross_entropy_powers`` or ``cross_entropy_powers_grad`` of these specs, which save the gradient of a
-    loss its powers; and
-    ``connect(index, services)``, which is called with the ``HostServices`` of a device, once, before anything else is
-    asked of that device; ``load(kernels)``, which is called with the bound kernels of a program before they are
-    prepared, so that what must be compiled is compiled together; ``facts(index)``, versions of what is between brim and
-    the device as a dict of texts; ``process_bytes(index)``, what the driver says that this process holds on the device,
-    or None where nobody tells; ``set_threads(n)`` and ``get_threads()``, where its kernels run on threads of this
-    process; ``native_status()``, one line about the compiled kernels that it runs; and ``joins_side_by_side``, how many
-    bytes may be kept alive longer for the sake of fewer launches, where independent elementwise groups of one formula
-    are to run as one ``fused_many``, with ``joins_arrays_of``, how many bytes each of their arrays may have (1 MiB
-    without), and ``joins_updates``, how many where they update a state, if that is more; ``knows_fast_convolutions``, True where its convolutions take the param ``fast``;
-    ``chained(calls)``, which joins a program's prepared calls where that saves time;
-    ``feed(pairs, stage, generation)``, which copies the inputs of a step, (device array, host array) each, without
-    waiting for what was launched before, and ``stages_inputs``, True where that is to go by way of a second set of
-    device buffers, the stage: a flat uint8 array of the inputs' bytes, each rounded up to ``alignment_bytes``, which
-    is other memory than before when ``generation`` is another number; ``fetcher(array)``, which prepares copies of a
-    small device array to the host: ``start()`` orders one behind what was launched, ``value()`` waits for it;
-    ``register_rate(seconds)``, how many float32 operations a second its processors make at most, or None; and
-    ``gather_rows(source, indices, out, on_team=True)``, which copies rows of a host array into another one:
-    ``out[i] = source[indices[i]]``, on its threads or with the calling one alone.
+    What follows is optional: the framework looks whether a backend has it. ``ins``, ``outs`` are the Specs (or scalars)
+    and ``params`` the params of an instruction that a planned step could have.
+
+    What a planned step should look like:
+
+    - ``prefers_channels_last``: names of ops that are faster on images (N, C, H, W) whose channels lie side by side;
+      ``gains_channels_last(op, ins, outs, params)``: whether one of these does with these specs.
+    - ``knows_fast_convolutions``: True where its convolutions take the param ``fast``.
+    - ``joins_epilogue(op, ins, outs, params)``: whether this ``matmul_epilogue`` or ``conv2d_epilogue`` is wanted
+      instead of the product and the elementwise group after it.
+    - ``joins_norms(op, ins, outs, params)``: whether this one of the ``FUSED_NORMS`` (``brim.program.norm_groups``) is
+      wanted instead of a norm and the elementwise groups around it.
+    - ``joins_loss_gradient(op, ins, outs, params)``: whether this ``cross_entropy_with_grad`` is wanted instead of a
+      loss and its gradient.
+    - ``keeps_powers(op, ins, outs, params)``: whether it has a kernel for this ``cross_entropy_powers`` or
+      ``cross_entropy_powers_grad``, which save the gradient of a loss its powers.
+    - ``joins_side_by_side``: how many bytes may be kept alive longer for the sake of fewer launches, where independent
+      elementwise groups of one formula are to run as one ``fused_many``; ``joins_arrays_of``: how many bytes each of
+      their arrays may have, 1 MiB without it; ``joins_updates``: how many where they update a state, if that is more.
+
+    How a planned step runs:
+
+    - ``load(kernels)``: called with the bound kernels of a program before they are prepared, so that what must be
+      compiled is compiled together.
+    - ``chained(calls)``: joins a program's prepared calls where that saves time.
+    - ``feed(pairs, stage, generation)``: copies the inputs of a step, (device array, host array) each, without waiting
+      for what was launched before; ``stages_inputs``: True where that is to go by way of a second set of device
+      buffers, the stage: a flat uint8 array of the inputs' bytes, each rounded up to ``alignment_bytes``, which is
+      other memory than before when ``generation`` is another number.
+    - ``fetcher(array)``: prepares copies of a small device array to the host: ``start()`` orders one behind what was
+      launched, ``value()`` waits for it.
+    - ``gather_rows(source, indices, out, on_team=True)``: copies rows of a host array into another one,
+      ``out[i] = source[indices[i]]``, on its threads or with the calling one alone.
+
+    What it tells, and is told:
+
+    - ``connect(index, services)``: called with the ``HostServices`` of a device, once, before anything else is asked of
+      that device.
+    - ``facts(index)``: versions of what is between brim and the device, as a dict of texts.
+    - ``process_bytes(index)``: what the driver says that this process holds on the device, or None where nobody tells.
+    - ``set_threads(n)``, ``get_threads()``: where its kernels run on threads of this process.
+    - ``native_status()``: one line about the compiled kernels that it runs.
+    - ``register_rate(seconds)``: how many float32 operations a second its processors make at most, or None.
     """
 
     kind: str
