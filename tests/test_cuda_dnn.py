@@ -15,6 +15,8 @@ import pytest
 import brim
 from brim import nn, optim
 from brim.device import Device, _backends
+from brim.models import GPT2
+from brim.models.gpt2 import next_token_loss
 from brim.nn import functional as F
 from brim.op import REGISTRY
 from brim.precision import float32_products
@@ -438,3 +440,29 @@ def test_an_epilogue_is_joined_only_where_both_layouts_have_a_plan(place: Device
             place.backend.machine.loader.dnn_library = twin
         found.append(len(joined(step)))
     assert found == [1, 0]
+
+
+def test_a_language_models_step_in_bfloat16(place: Device, twin: HostCudnn) -> None:
+    """Attention and its gradient in a compiled training step, on heads that lie where a projection wrote them."""
+
+    def losses(on: Any) -> list[float]:
+        brim.manual_seed(1)
+        model = GPT2(layers=2, width=32, heads=2, vocabulary=37, context=16, dropout=0.0).to(on)
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+
+        def run(tokens: Any) -> Any:
+            with brim.autocast("bfloat16"):
+                loss = next_token_loss(model(tokens), tokens)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        step = brim.compile(run, device=on)
+        tokens = np.random.default_rng(3).integers(0, 37, (2, 12))
+        return [step(tokens).item() for _ in range(4)]
+
+    np.testing.assert_allclose(losses(place), losses("cpu"), rtol=2e-2)
+    kinds = [type(plan.request) for plan in twin.executed]
+    assert kinds[:4] == [AttentionRequest, AttentionRequest, AttentionGradRequest, AttentionGradRequest]
+    assert len(kinds) == 4 * 4
