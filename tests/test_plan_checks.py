@@ -39,14 +39,15 @@ def test_assert_fits_from_both_sides() -> None:
     assert any("batch" in line for line in refused.value.report.remedies)
 
 
-def test_a_plan_inside_meta_is_the_plan_outside() -> None:
-    outside = brim.plan(training(), *SPECS)
+@pytest.mark.parametrize("profile", [None, "t4-16gb"])
+def test_a_plan_inside_meta_is_the_plan_outside(profile: str | None) -> None:
+    outside = brim.plan(training(), *SPECS, device_profile=profile)
     live_bytes = brim.memory_stats()["live_bytes"]
     with brim.meta():
-        inside = brim.plan(training(), *SPECS)
+        inside = brim.plan(training(), *SPECS, device_profile=profile)
     assert inside.peak_bytes == outside.peak_bytes
     assert inside.by_kind() == outside.by_kind()
-    assert inside.device == "cpu"
+    assert inside.device == (profile or "cpu")
     assert brim.memory_stats()["live_bytes"] <= live_bytes  # less, where garbage of an earlier test went meanwhile
 
 

@@ -163,8 +163,12 @@ class CudaBackend:
     def gains_channels_last(
         self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
     ) -> bool:
-        """All of cuBLASLt's; of cuDNN's those on tensor cores: of half-width floats, and of float32 in TF32."""
-        return self.dnn() is None or outs[0].dtype.itemsize == 2 or bool(params.get("tf32", False))
+        """Of cuDNN's those on tensor cores: of half-width floats, and of float32 in TF32; of cuBLASLt's all whose
+        windows have several elements, since one element makes a matrix product of either order."""
+        if self.dnn() is not None:
+            return outs[0].dtype.itemsize == 2 or bool(params.get("tf32", False))
+        window = params.get("kernel") or ins[1].shape[2:]  # type: ignore[union-attr]
+        return tuple(window) != (1, 1)
 
     def feed(self, pairs: Sequence[tuple[Any, Any]], stage: Any = None, generation: int = 0) -> None:
         """Copy the inputs of a step in; nothing is waited for that was launched before.

@@ -130,10 +130,11 @@ def attention(
     """``softmax(q @ k.mT * scale) @ v``: each row of q gets the rows of v, weighted by how its key's match.
 
     A backend with a kernel for it stores no scores, so that memory grows linearly with T and S: on CUDA for float32,
-    float16 and bfloat16 and rows of up to 128 numbers, when q, k and v have the same leading axes. It adds up in
-    float32. Half-width products, and those of float32 where TF32 is chosen (``brim.set_float32_precision``), run on
-    tensor cores, for which weights are rounded to the dtype of v. In full float32, a query that does not see a key is
-    untouched by it, even by its NaN. Elsewhere it is two products and a softmax.
+    float16 and bfloat16 and rows of up to 128 numbers, on the CPU natively for float32, when q, k and v have the same
+    leading axes. It adds up in float32. On CUDA half-width products, and those of float32 where TF32 is chosen
+    (``brim.set_float32_precision``), run on tensor cores, for which weights are rounded to the dtype of v. In full
+    float32, a query that does not see a key is untouched by it, even by its NaN. Elsewhere it is two products and a
+    softmax.
 
     Source: T. Dao et al., "FlashAttention", NeurIPS 2022; the running softmax of M. Milakov and N. Gimelshein,
     "Online normalizer calculation for softmax", 2018.

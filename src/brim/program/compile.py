@@ -465,6 +465,7 @@ def plan(
             place = ProfileDevice(device_profile, base)
             fn = CompiledStep(fn.fn, passes=fn.passes, device=place, copy=fn.copy, name=fn.name, **asdict(options))
         else:
-            device = ProfileDevice(device_profile, find_device(device))
+            base = find_device(device)
+            device = ProfileDevice(device_profile, process_default() if base.is_meta else base)
     step = fn if isinstance(fn, CompiledStep) else CompiledStep(fn, budget=budget, device=device)
     return step.plan(*args, **kwargs)
