@@ -7,6 +7,7 @@ the shortcut, dropout) is computed before the norm's result is stored. Which nor
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,7 +76,7 @@ class _Pair:
     value: Value
 
 
-class _Search:
+class _Search(ABC):
     """Joins the pairs of one side as long as it pays.
 
     Arguments:
@@ -88,13 +89,13 @@ class _Search:
         self.place = list(range(len(self.instructions)))  # where what stood there runs now
         self.readers, self.made = program.readers(), program.producers()
 
+    @abstractmethod
     def pairs(self) -> Iterable[_Pair]:
         """What might be joined, the best first where there is a choice."""
-        raise AssertionError("a side says which")
 
+    @abstractmethod
     def join(self, norm: Instruction, group: Group, value: Value, keep: bool) -> Instruction:
         """Both as one instruction; ``keep``: the value that they meet by is stored, too."""
-        raise AssertionError("a side says how")
 
     def run(self) -> Program:
         for pair in self.pairs():
