@@ -31,9 +31,11 @@ from test_cuda_composites import works as composite_works
 from test_cuda_elementwise import random_formula, work_for
 from test_cuda_fused_norms import NAMES, cases
 
-__all__ = ["Compilation", "by_origin", "most_registers"]
+__all__ = ["MAX_REGISTERS", "Compilation", "by_origin", "most_registers"]
 
 PROFILE = "h100-80gb"
+MAX_REGISTERS = 128
+"""Of a thread: two blocks of 256 threads fit a multiprocessor then."""
 
 
 def of_planned_networks() -> list[Kernel]:
@@ -117,7 +119,7 @@ def most_registers(kernel: Kernel) -> int:
     """Registers that a thread may have: by the kernel's own launch bounds, else two blocks of 256 threads."""
     bounds = re.search(r"__launch_bounds__\((\d+), (\d+)\)", kernel.source)
     if bounds is None:
-        return 128
+        return MAX_REGISTERS
     return min(255, 65536 // (int(bounds[1]) * int(bounds[2])) // 8 * 8)
 
 

@@ -259,12 +259,12 @@ def _text(planned: Plan) -> str:
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
-def test_the_cpu_does_what_it_did(causal: bool) -> None:
-    """The same program, the same places in memory, the same bits as the formula."""
-    specs = [spec((2, 3, 9, 4))] * 3
+def test_where_there_is_no_kernel_it_is_the_formula(causal: bool) -> None:
+    """On the CPU in other dtypes than float32: the same program, the same places in memory, the same bits."""
+    specs = [spec((2, 3, 9, 4), "float64")] * 3
     mine, formula = (plan(_step(attend, causal), *specs) for attend in (F.scaled_dot_product_attention, _formula))
     assert _text(mine) == _text(formula)
-    for dtype in ("float32", "bfloat16", "float64"):
+    for dtype in ("bfloat16", "float64"):
         given = operands((9, 9, 4, 4), dtype, lead=(2, 3))[1:]
         found = [
             _step(attend, causal)(*map(brim.asarray, given)) for attend in (F.scaled_dot_product_attention, _formula)

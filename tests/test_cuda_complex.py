@@ -24,9 +24,10 @@ from brim_cuda.nvrtc import compile_cubin, find_nvrtc
 from brim_cuda.registry import bind, work_of
 from brim_cuda.source import translation_unit
 from brim_cuda.steps import bound
+from cuda_kernels import MAX_REGISTERS
 from emulating import WHY_NOT, Recorded, emulated, is_complex_call, kernels_of, recorded
 from test_cuda_kernels import call_of
-from test_cuda_nvrtc import MAX_REGISTERS, MAX_SPILL_BYTES
+from test_cuda_nvrtc import MAX_SPILL_BYTES
 from test_cuda_sort import on_cpu
 
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")

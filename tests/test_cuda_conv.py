@@ -22,8 +22,9 @@ from brim_cuda.nvrtc import compile_cubin
 from brim_cuda.registry import Work, bind, work_of
 from brim_cuda.source import translation_unit
 from brim_cuda.steps import bound
+from cuda_kernels import MAX_REGISTERS
 from emulating import WHY_NOT, Recorded, emulated, kernels_of, laid_out, recorded, recorded_in_networks, same_bits
-from test_cuda_nvrtc import MAX_REGISTERS, MAX_SPILL_BYTES, needs_nvrtc
+from test_cuda_nvrtc import MAX_SPILL_BYTES, needs_nvrtc
 
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
 

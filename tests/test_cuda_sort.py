@@ -17,9 +17,9 @@ from brim_cuda.launch import Scratch
 from brim_cuda.nvrtc import compile_cubin, find_nvrtc
 from brim_cuda.registry import Work, work_of
 from brim_cuda.source import translation_unit
+from cuda_kernels import MAX_REGISTERS
 from emulating import WHY_NOT, Recorded, emulated, kernels_of, recorded, same_bits
 from test_cuda_kernels import call_of
-from test_cuda_nvrtc import MAX_REGISTERS
 
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
 

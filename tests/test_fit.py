@@ -368,7 +368,7 @@ def test_the_remedies_that_one_expects() -> None:
 @pytest.mark.usefixtures("_unhurried")
 def test_options_already_on_are_not_offered() -> None:
     peak = _needs("cnn")
-    text = " ".join(_refused("cnn", int(0.65 * peak), recompute=["1.*"]).report.remedies)
+    text = " ".join(_refused("cnn", int(0.55 * peak), recompute=["1.*"]).report.remedies)
     assert "recompute=" not in text
     assert "bfloat16" in text
     text = " ".join(_refused("cnn", int(0.72 * peak), activations="bfloat16").report.remedies)

@@ -95,7 +95,7 @@ struct WeightSums {
         image_pieces = ceil_div(g.N, images);
         parts = std::min(parts, image_pieces);
         tile_floats = (images * tile_h * tile_w * channels + 15) / 16 * 16;
-        panel_floats = images * rows * g.Q * kPanel;
+        panel_floats = images * rows * g.Q * padded(std::min(columns, kPanel));
     }
 
     i64 height(i64 many) const { return (many - 1) * sh + (g.kh - 1) * g.dh + 1; }
