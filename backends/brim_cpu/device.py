@@ -122,6 +122,10 @@ class CpuBackend:
             params = {k: v for k, v in params.items() if k != "tf32"}
         return op.name in EPILOGUES and bind_native(op.name, ins, outs, params) is not None
 
+    def joins_norms(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> bool:
+        """Whether a norm with these formulas is one native call that takes less time than the parts by themselves."""
+        return bind_native(op.name, ins, outs, params) is not None
+
     def keeps_powers(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> bool:
         """Whether a loss that keeps its powers, or the gradient that reads them, is a native call."""
         return bind_native(op.name, ins, outs, params) is not None

@@ -81,6 +81,8 @@ const Signature signatures[] = {
     {"pppppppppdiid", caller<p, p, p, p, p, p, p, p, p, d, i, i, d>},
     {"ppppppdpdiiid", caller<p, p, p, p, p, p, d, p, d, i, i, i, d>},
     {"pppppppdppiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, d>},
+    {"ppppppppdpdiid", caller<p, p, p, p, p, p, p, p, d, p, d, i, i, d>},
+    {"pppppppppdppiid", caller<p, p, p, p, p, p, p, p, p, d, p, p, i, i, d>},
     {"pppppppdppiiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, i, d>},
 };
 

@@ -1,6 +1,9 @@
 // Layer norm over contiguous rows, and its gradients; those of weight and bias are sums over rows, by pieces.
+#include <algorithm>
+
 #include "moments.hpp"
 #include "team.hpp"
+#include "vm_tile.hpp"
 
 using namespace brim;
 
@@ -104,6 +107,90 @@ void layer_norm_grad(T* out, T* of_weight, T* of_bias, T* space, const T* g, con
     });
 }
 
+// Rows that are worked on together between formulas: as many as make long loops of them, at least one.
+constexpr i64 kTogether = 1024, kLongestRow = 4096;
+
+i64 rows_together(i64 n) { return n < kTogether ? kTogether / n : 1; }
+
+// Rows as a formula makes them: in `space`, or where the formula itself stores them.
+const float* made_rows(const i64* formula, TileProgram& program, const float* stored, float* space, i64 first, i64 count) {
+    if (formula) program.run(first, count, space);
+    return TileProgram::tiled(formula) ? space : stored + first;
+}
+
+// As layer_norm, between two formulas; x: the input where a formula does not make it in a tile.
+void layer_norm_fused(float* out, float* means, float* vars, float* space, const float* x, Values<float> scales,
+                      Values<float> shifts, i64 rows, i64 n, float eps, const i64* before, const i64* after) {
+    const float* weight = filled(scales.at, double(scales.value), space, n);
+    const float* bias = filled(shifts.at, double(shifts.value), space, n);
+    const bool large = is_streamed<float>(rows * n, n), streamed = large && !after;
+    parallel_ranges(rows, rows_per_piece(n), [=](i64 begin, i64 end) {
+        TileProgram first(before), last(after);
+        alignas(64) float given[kLongestRow], made[kLongestRow];
+        for (i64 r = begin, count; r < end; r += count) {
+            count = std::min(end - r, rows_together(n));
+            const float* from = made_rows(before, first, x, given, r * n, count * n);
+            for (i64 k = 0; k < count; k++) {
+                const float* row = from + k * n;
+                const Moments found = moments_of(row, n);
+                const float mean = float(found.mean), var = float(found.m2 / double(n)), rstd = 1.0f / std::sqrt(var + eps);
+                means[r + k] = mean, vars[r + k] = var;
+                float* const to = after ? made + k * n : out + (r + k) * n;
+                write_run(to, n, streamed, [=](float* block, i64 at, i64 numbers) {
+                    const float *part = row + at, *w = weight + at, *b = bias + at;
+                    if (large && !before) prefetch(part, numbers * i64(sizeof(float)), count * n * i64(sizeof(float)));
+                    BRIM_INDEPENDENT
+                    for (i64 j = 0; j < numbers; j++) block[j] = fma_((part[j] - mean) * rstd, w[j], b[j]);
+                });
+            }
+            if (after) last.run(r * n, count * n, made);
+        }
+        if (streamed) stream_done();
+    });
+}
+
+void layer_norm_grad_fused(float* out, float* of_weight, float* of_bias, float* space, const float* g, const float* x,
+                           Values<float> scales, const float* means, const float* vars, i64 rows, i64 n, float eps,
+                           const i64* before, const i64* after) {
+    const float* weight = filled(scales.at, double(scales.value), space, n);
+    float* const parts = space;
+    const bool large = is_streamed<float>(rows * n, n), streamed = large && !after;
+    const i64 step = rows_per_piece(n), pieces = ceil_div(rows, step);
+    parallel(pieces, [=](i64 piece) {
+        const Range range = piece_of(rows, step, piece);
+        float *slopes = parts + piece * 2 * n, *levels = slopes + n;
+        for (i64 j = 0; j < 2 * n; j++) slopes[j] = 0;
+        TileProgram first(before), last(after);
+        alignas(64) float given[kLongestRow], made[kLongestRow];
+        for (i64 r = range.begin, count; r < range.end; r += count) {
+            count = std::min(range.end - r, rows_together(n));
+            const float* from = made_rows(before, first, g, given, r * n, count * n);
+            for (i64 k = 0; k < count; k++) {
+                const float *gradient = from + k * n, *row = x + (r + k) * n;
+                const float mean = means[r + k], rstd = 1.0f / std::sqrt(vars[r + k] + eps);
+                float sums[2];
+                row_sums(sums, gradient, row, weight, mean, n);
+                const Row<float> found{mean, rstd, sums[0] / float(n), sums[1] * rstd * rstd / float(n)};
+                float* const to = after ? made + k * n : out + (r + k) * n;
+                write_run(to, n, streamed, [=](float* block, i64 at, i64 numbers) {
+                    if (large) {  // the rows that come next
+                        const i64 nbytes = numbers * i64(sizeof(float)), ahead = count * n * i64(sizeof(float));
+                        if (!before) prefetch(gradient + at, nbytes, ahead);
+                        prefetch(row + at, nbytes, ahead);
+                    }
+                    write_grad(block, slopes + at, levels + at, gradient + at, row + at, weight + at, numbers, found);
+                });
+            }
+            if (after) last.run(r * n, count * n, made);
+        }
+        if (streamed) stream_done();
+    });
+    parallel_ranges(n, kTile, [=](i64 begin, i64 end) {
+        fold_rows<Add<float>>(of_weight + begin, parts + begin, pieces, 2 * n, end - begin);
+        fold_rows<Add<float>>(of_bias + begin, parts + n + begin, pieces, 2 * n, end - begin);
+    });
+}
+
 }  // namespace
 
 // Numbers of working memory for the gradients, in out[0], besides n for each of weight and bias that is one number.
@@ -126,3 +213,19 @@ BRIM_EXPORT void brim_layer_norm_scratch(i64* out, i64 rows, i64 n) {
 
 BRIM_LAYER_NORM(float, f32)
 BRIM_LAYER_NORM(double, f64)
+
+// With formulas before and after (vm_tile.hpp), rows of at most kLongestRow numbers; out: null where a formula follows.
+BRIM_EXPORT void brim_layer_norm_fused_f32(const i64* before, const i64* after, float* out, float* means, float* vars,
+                                           void* space, const float* x, const float* weight, double weight_value,
+                                           const float* bias, double bias_value, i64 rows, i64 n, double eps) {
+    layer_norm_fused(out, means, vars, static_cast<float*>(space), x, {weight, float(weight_value)},
+                     {bias, float(bias_value)}, rows, n, float(eps), before, after);
+}
+
+BRIM_EXPORT void brim_layer_norm_grad_fused_f32(const i64* before, const i64* after, float* out, float* of_weight,
+                                                float* of_bias, void* space, const float* g, const float* x,
+                                                const float* weight, double weight_value, const float* means,
+                                                const float* vars, i64 rows, i64 n, double eps) {
+    layer_norm_grad_fused(out, of_weight, of_bias, static_cast<float*>(space), g, x, {weight, float(weight_value)}, means,
+                          vars, rows, n, float(eps), before, after);
+}

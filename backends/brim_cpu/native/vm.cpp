@@ -5,6 +5,7 @@
 #include "philox.hpp"
 #include "team.hpp"
 #include "vm_chain.hpp"
+#include "vm_tile.hpp"
 
 namespace brim {
 namespace {
@@ -208,12 +209,10 @@ void run_lines(const Task& task, char* const* slots, const Chunk& chunk) {
     }
 }
 
-void run_span(const Task& task, i64 begin, i64 end) {
-    alignas(64) char memory[kRegisterBytes];
+// Puts registers into their slots, and numbers into theirs.
+void fill_registers(const Task& task, char* memory, char** slots) {
     const Header& header = *task.header;
-    char* slots[kMaxSlots];
-    char** const registers = slots + header.arrays;
-    for (i64 r = 0; r < header.registers; r++) registers[r] = memory + task.registers[r].offset;
+    for (i64 r = 0; r < header.registers; r++) slots[header.arrays + r] = memory + task.registers[r].offset;
     for (i64 c = 0; c < header.constants; c++) {
         const Constant& constant = task.constants[c];
         if (constant.slot < 0 || (constant.chained && !header.tails)) continue;
@@ -221,6 +220,37 @@ void run_span(const Task& task, i64 begin, i64 end) {
         const i64 n = header.seamless ? kTile : header.block;  // what makes no whole tile is shorter than one
         copy_line(itemsize, slots[constant.slot], itemsize, reinterpret_cast<const char*>(constant.value), 0, n);
     }
+}
+
+// Outputs that were collected in registers go where they belong. True where one went past the caches.
+bool write_back(const Task& task, char* const* slots, const Chunk& chunk) {
+    bool streaming = false;
+    for (i64 a = 0; a < task.header->arrays; a++) {
+        const Array& array = task.arrays[a];
+        if (!array.is_output) continue;
+        if (array.buffered) {
+            char* to = task.bases[a] + chunk.first * array.itemsize;
+            if (array.streamed)
+                stream_copy(to, slots[a], chunk.n * array.itemsize);
+            else
+                std::memcpy(to, slots[a], size_t(chunk.n * array.itemsize));
+            streaming |= array.streamed != 0;
+        } else if (array.mode == Mode::gathered) {
+            transfer(*task.header, array, task.bases[a], slots[a], chunk, true);
+        }
+    }
+    return streaming;
+}
+
+char* stand_in(const Array& array, char* const* slots) {
+    return array.stand_in < 0 ? nullptr : slots[array.stand_in];
+}
+
+void run_span(const Task& task, i64 begin, i64 end) {
+    alignas(64) char memory[kRegisterBytes];
+    const Header& header = *task.header;
+    char* slots[kMaxSlots];
+    fill_registers(task, memory, slots);
     bool streaming = false;
     for (i64 which = begin; which < end; which++) {
         Chunk chunk = chunk_of(header, which);
@@ -228,28 +258,24 @@ void run_span(const Task& task, i64 begin, i64 end) {
             which = end - 1;
             chunk.n = (end < header.chunks ? end * header.per_chunk : header.inner) - chunk.first;
         }
-        for (i64 a = 0; a < header.arrays; a++) {
-            const Array& array = task.arrays[a];
-            char* own = array.stand_in < 0 ? nullptr : slots[array.stand_in];
-            slots[a] = reach(header, array, task.bases[a], own, chunk, which == begin);
-        }
+        for (i64 a = 0; a < header.arrays; a++)
+            slots[a] = reach(header, task.arrays[a], task.bases[a], stand_in(task.arrays[a], slots), chunk, which == begin);
         run_lines(task, slots, chunk);
-        for (i64 a = 0; a < header.arrays; a++) {
-            const Array& array = task.arrays[a];
-            if (!array.is_output) continue;
-            if (array.buffered) {
-                char* to = task.bases[a] + chunk.first * array.itemsize;
-                if (array.streamed)
-                    stream_copy(to, slots[a], chunk.n * array.itemsize);
-                else
-                    std::memcpy(to, slots[a], size_t(chunk.n * array.itemsize));
-                streaming |= array.streamed != 0;
-            } else if (array.mode == Mode::gathered) {
-                transfer(header, array, task.bases[a], slots[a], chunk, true);
-            }
-        }
+        streaming |= write_back(task, slots, chunk);
     }
     if (streaming) stream_done();
+}
+
+// The chunk that starts at an element, up to `end` at most: some whole rows, or a part of one.
+Chunk chunk_from(const Header& header, i64 first, i64 end) {
+    const i64 row = first / header.inner, column = first % header.inner, left = end - first;
+    if (header.whole_rows && column == 0 && left >= header.inner) {
+        const i64 most = left / header.inner, rows = most < header.per_chunk ? most : header.per_chunk;
+        return {row, 0, rows, header.inner, first, rows * header.inner};
+    }
+    i64 columns = header.inner - column < left ? header.inner - column : left;
+    columns = columns < header.block ? columns : header.block;
+    return {row, column, 1, columns, first, columns};
 }
 
 // How a block of an array is reached.
@@ -290,6 +316,43 @@ struct Names {
 };
 
 }  // namespace
+
+TileProgram::TileProgram(const i64* words) : words(words) {
+    static_assert(kSlots == kMaxSlots && kBytes == kRegisterBytes && kTileWord * sizeof(i64) == sizeof(Task), "vm_tile.hpp");
+    if (words) fill_registers(*reinterpret_cast<const Task*>(words), memory, slots);
+}
+
+static void ask_for(const char* from, i64 nbytes) {
+    for (i64 at = 0; at < nbytes; at += 64) __builtin_prefetch(from + at);
+}
+
+TileProgram::~TileProgram() {
+    if (streaming) stream_done();
+}
+
+void TileProgram::run(i64 first, i64 n, void* tile) {
+    const Task& task = *reinterpret_cast<const Task*>(words);
+    const Header& header = *task.header;
+    for (i64 at = first; at < first + n;) {
+        const Chunk chunk = chunk_from(header, at, first + n);
+        // A register that is the same for every row has been filled for the longest chunk that started with a row.
+        const bool fill = chunk.column != 0 || chunk.n > filled;
+        if (fill) filled = chunk.column != 0 ? 0 : chunk.n;
+        for (i64 a = 0; a < header.arrays; a++) {
+            const Array& array = task.arrays[a];
+            if (a == words[kTileWord])
+                slots[a] = static_cast<char*>(tile) + (at - first) * array.itemsize;
+            else
+                slots[a] = reach(header, array, task.bases[a], stand_in(array, slots), chunk, fill);
+            if (words[kAheadWord] && array.mode == Mode::dense && !array.is_output && a != words[kTileWord])
+                ask_for(slots[a] + n * array.itemsize, chunk.n * array.itemsize);
+        }
+        run_lines(task, slots, chunk);
+        streaming |= write_back(task, slots, chunk);
+        at += chunk.n;
+    }
+}
+
 }  // namespace brim
 
 using namespace brim;

@@ -21,7 +21,18 @@ from brim_cpu.fused_code import typed
 from brim_cpu.overlay.program import MAX_DIMS, Layout, Lines, code_of, fits, layout, lines_of, math_functions
 from brim_cpu.scalars import UFUNCS
 
-__all__ = ["Interpreter", "bind_elementwise", "bind_formula", "bind_many", "install", "pieces"]
+__all__ = [
+    "Interpreter",
+    "Numbers",
+    "bind_elementwise",
+    "bind_formula",
+    "bind_many",
+    "broadcast_strides",
+    "install",
+    "pieces",
+    "program_of",
+    "renew_before",
+]
 
 Array = np.ndarray[Any, Any]
 Call = Callable[[], None]
@@ -63,7 +74,7 @@ class Interpreter:
         task = self.task(outs, ins, {})
         return None if task is None else _call([task])
 
-    def task(self, outs: Sequence[Array], ins: Sequence[Any], numbers: dict[Any, _Numbers]) -> _Task | None:
+    def task(self, outs: Sequence[Array], ins: Sequence[Any], numbers: dict[Any, Numbers]) -> _Task | None:
         """What is to run on these arrays; None where the program gets too large for them.
 
         Arguments:
@@ -76,7 +87,7 @@ class Interpreter:
         made, plan = found
         key = (id(made), plan.only_chained, *(id(x) for x, scalar in zip(ins, self.scalars) if scalar))
         if key not in numbers:
-            numbers[key] = _Numbers(made, plan, ins)
+            numbers[key] = Numbers(made, plan, ins)
         return _Task(plan, numbers[key], [*arrays, *outs])
 
     def _layout(self, outs: Sequence[Array], arrays: Sequence[Array]) -> tuple[Lines, Layout] | None:
@@ -98,7 +109,7 @@ class Interpreter:
                 self.lines[aliases] = made
             shape = outs[0].shape
             every = (*arrays, *outs)
-            steps = [_broadcast_strides(array, len(shape)) for array in every]
+            steps = [broadcast_strides(array, len(shape)) for array in every]
             updated = [any(o == out for out, _ in aliases) for o in range(len(outs))]
             plan = layout(made, shape, [array.itemsize for array in every], steps, self.ordered, updated)
             if plan is None:
@@ -109,7 +120,7 @@ class Interpreter:
         return found
 
 
-def _broadcast_strides(array: Array, ndim: int) -> tuple[int, ...]:
+def broadcast_strides(array: Array, ndim: int) -> tuple[int, ...]:
     """Strides in bytes that read an array in the outputs' shape."""
     own = tuple(0 if dim == 1 else step for dim, step in zip(array.shape, array.strides))
     return (0,) * (ndim - array.ndim) + own
@@ -120,7 +131,7 @@ def _as(dtype: np.dtype[Any], value: Any) -> Any:
     return dtype.type(int(value) if dtype.kind == "u" and dtype.itemsize == 8 else value)
 
 
-class _Numbers:
+class Numbers:
     """A program's constants as vm.cpp reads them.
 
     Attributes:
@@ -144,7 +155,7 @@ class _Numbers:
 class _Task:
     """A program with the arrays and numbers that it runs on; ``record`` has the addresses that vm.cpp reads."""
 
-    def __init__(self, plan: Layout, numbers: _Numbers, operands: Sequence[Array]) -> None:
+    def __init__(self, plan: Layout, numbers: Numbers, operands: Sequence[Array]) -> None:
         self.plan, self.numbers, self.operands = plan, numbers, operands
         self.bases = np.array([native.pointer(array) for array in operands], np.int64)
         parts = (plan.header, plan.arrays, plan.registers, numbers.table, plan.lines, plan.links, self.bases)
@@ -207,7 +218,12 @@ def _call(tasks: Sequence[_Task]) -> Call:
     records, ranges = np.array([task.record for task in tasks], np.int64), np.array(spans, np.int64)
     call = _RUN.bind(records, ranges, np.array(starts, np.int64), len(starts) - 1)
     call.keeps += (tasks,)
-    cells = list(dict.fromkeys(cell for task in tasks for cell in task.numbers.cells))
+    renew_before(call, list(dict.fromkeys(cell for task in tasks for cell in task.numbers.cells)))
+    return call
+
+
+def renew_before(call: Any, cells: Sequence[_Cell]) -> None:
+    """Write the numbers of these cells anew before each run of a bound call."""
     floats = _Cells([cell for cell in cells if cell.dtype == np.float32])
     others = [cell for cell in cells if cell.dtype != np.float32]
     if floats.cells:
@@ -222,7 +238,6 @@ def _call(tasks: Sequence[_Task]) -> Call:
                     cell.write(value)
 
         call.renewals.append(renew)
-    return call
 
 
 def bind_formula(
@@ -233,7 +248,7 @@ def bind_formula(
     Arguments:
         small: a NumPy kernel that gives the same bits, for few elements.
     """
-    program = _program(formula, ins, outs)
+    program = program_of(formula, ins, outs)
     if program is None:
         return None
     size = outs[0].size
@@ -253,7 +268,7 @@ def bind_formula(
     return BoundKernel(small if use_small and small is not None else run, aliasing=True, prepare=prepare)
 
 
-def _program(formula: FusedFormula, ins: Sequence[Spec | Scalar], outs: Sequence[Spec]) -> Interpreter | None:
+def program_of(formula: FusedFormula, ins: Sequence[Spec | Scalar], outs: Sequence[Spec]) -> Interpreter | None:
     """The program for operands of these specs; None where NumPy's kernel is to run."""
     if not native.available() or outs[0].ndim > MAX_DIMS:
         return None
@@ -305,12 +320,12 @@ def bind_many(
             yield tuple(out[n * made : (n + 1) * made]), (*given[:shared], *given[first : first + own])
 
     parts = list(cut(outs, ins))
-    programs = [_program(formula, given, out) for out, given in parts]
+    programs = [program_of(formula, given, out) for out, given in parts]
     if None in programs:
         return None
 
     def prepare(out: Any, *given: Any, scratch: Any = None, **params: Any) -> list[Call]:
-        tasks, numbers = list[_Task](), dict[Any, _Numbers]()
+        tasks, numbers = list[_Task](), dict[Any, Numbers]()
         for program, (into, operands) in zip(programs, cut(out if isinstance(out, tuple) else (out,), given)):
             if into[0].size and program is not None:
                 task = program.task(into, operands, numbers)

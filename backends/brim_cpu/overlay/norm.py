@@ -18,6 +18,8 @@ from brim_cpu.native import Function
 from brim_cpu.overlay import NativeKernel, overlay, overlay_half
 from brim_cpu.overlay.half import converted
 
+__all__ = ["channels_last", "scratch_bytes", "value_of"]
+
 _TYPES: dict[np.dtype[Any], str] = {np.dtype("float32"): "f32", np.dtype("float64"): "f64"}
 _HALVES: dict[np.dtype[Any], str] = {DTYPES["float16"]: "f16", DTYPES["bfloat16"]: "bf16"}
 _WIDE = np.dtype("float32")
@@ -41,7 +43,7 @@ _SCRATCH = {
 }
 
 
-def _scratch(name: str, *sizes: int) -> int:
+def scratch_bytes(name: str, *sizes: int) -> int:
     """Working memory of a kernel, as it says itself."""
     found = np.zeros(1, np.int64)
     _SCRATCH[name].bind(found, *sizes)()
@@ -58,7 +60,7 @@ def _of_size(vectors: Sequence[Any], size: int) -> bool:
     return all(not isinstance(v, Spec) or v.size == size for v in vectors)
 
 
-def _value(vector: Any) -> tuple[Any, Any]:
+def value_of(vector: Any) -> tuple[Any, Any]:
     """An array or a number as the two arguments that kernels take for it."""
     return (vector, 0.0) if isinstance(vector, np.ndarray) else (None, vector)
 
@@ -66,7 +68,7 @@ def _value(vector: Any) -> tuple[Any, Any]:
 # ------------------------------------------------------------------------------------------------------- batch norm
 
 
-def _channels_last(spec: Spec) -> bool:
+def channels_last(spec: Spec) -> bool:
     """Whether the channels of (N, C, ...) lie side by side, and nothing between the pixels."""
     n, c, *pixels = spec.shape
     order = (n, *pixels, c)
@@ -88,12 +90,12 @@ def _image_kernel(
     """
     shape, dtype = arrays[0].shape, arrays[0].dtype
     N, C, S = shape[0], shape[1], math.prod(shape[2:])
-    last = all(map(_channels_last, arrays))
+    last = all(map(channels_last, arrays))
     contiguous = (not last,) * (len(arrays) - 1) + (True,) * vectors
     side_by_side = last or S == 1
     function = (columns if side_by_side else plain)[dtype]
     sizes: tuple[int, ...] = (N * S, C) if side_by_side else (N, C, S)
-    nbytes = _scratch("column" if side_by_side else "batch", *sizes)
+    nbytes = scratch_bytes("column" if side_by_side else "batch", *sizes)
     return (lambda *arguments: [function.bind(*arguments, *sizes, eps)]), nbytes, contiguous
 
 
@@ -104,12 +106,12 @@ def batch_norm(ins: Sequence[Any], outs: Sequence[Spec], *, eps: float) -> Nativ
     out = outs[0]
     if not _alike((*ins, *outs)) or not x.size or not _of_size((weight, bias), x.shape[1]):
         return None
-    if not (out.contiguous or (_channels_last(x) and _channels_last(out))):
+    if not (out.contiguous or (channels_last(x) and channels_last(out))):
         return None
     bind, nbytes, contiguous = _image_kernel([x, out], 2, _IMAGES, _COLUMNS, eps)
 
     def calls(out: Any, x: Any, weight: Any, bias: Any, scratch: Any = None) -> list[Any]:
-        return bind(*out, scratch, x, *_value(weight), *_value(bias))
+        return bind(*out, scratch, x, *value_of(weight), *value_of(bias))
 
     return NativeKernel(calls, nbytes, contiguous)
 
@@ -121,12 +123,12 @@ def batch_norm_grad(ins: Sequence[Any], outs: Sequence[Spec], *, eps: float) -> 
     out, C = outs[0], x.shape[1]
     if not _alike((*ins, *outs)) or not x.size or not _of_size((weight, mean, var, *outs[1:]), C) or g.shape != x.shape:
         return None
-    if not (out.contiguous or all(map(_channels_last, (g, x, out)))):
+    if not (out.contiguous or all(map(channels_last, (g, x, out)))):
         return None
     bind, nbytes, contiguous = _image_kernel([g, x, out], 3, _IMAGES_GRAD, _COLUMNS_GRAD, eps)
 
     def calls(out: Any, g: Any, x: Any, weight: Any, mean: Any, var: Any, scratch: Any = None) -> list[Any]:
-        return bind(*out, scratch, g, x, *_value(weight), mean, var)
+        return bind(*out, scratch, g, x, *value_of(weight), mean, var)
 
     return NativeKernel(calls, nbytes, contiguous, aliasing=True)
 
@@ -158,7 +160,7 @@ def half_batch_norm(ins: Sequence[Any], outs: Sequence[Spec], *, eps: float) -> 
     out = outs[0]
     if not x.size or not _half_images([x, out], (weight, bias)) or any(v.dtype != _WIDE for v in outs[1:]):
         return None
-    if not (out.contiguous or (_channels_last(x) and _channels_last(out))):
+    if not (out.contiguous or (channels_last(x) and channels_last(out))):
         return None
     bind, nbytes, contiguous = _image_kernel([x, out], 2, _IMAGES, _COLUMNS, eps)
     widened = _Widened((weight, bias))
@@ -166,7 +168,7 @@ def half_batch_norm(ins: Sequence[Any], outs: Sequence[Spec], *, eps: float) -> 
     def calls(out: Any, x: Any, *vectors: Any, scratch: Any = None) -> list[Any]:
         wide = widened.arrays(scratch, nbytes, vectors)
         made = [converted(to, v) for to, v in zip(wide, vectors, strict=True) if to is not v]
-        return [*made, *bind(*out, scratch, x, *_value(wide[0]), *_value(wide[1]))]
+        return [*made, *bind(*out, scratch, x, *value_of(wide[0]), *value_of(wide[1]))]
 
     return NativeKernel(calls, nbytes + carve_bytes(*widened.parts), contiguous)
 
@@ -178,7 +180,7 @@ def half_batch_norm_grad(ins: Sequence[Any], outs: Sequence[Spec], *, eps: float
     out = outs[0]
     if not x.size or g.shape != x.shape or not _half_images([g, x, out], (weight, mean, var, *outs[1:])):
         return None
-    if not (out.contiguous or all(map(_channels_last, (g, x, out)))):
+    if not (out.contiguous or all(map(channels_last, (g, x, out)))):
         return None
     bind, nbytes, contiguous = _image_kernel([g, x, out], 3, _IMAGES_GRAD, _COLUMNS_GRAD, eps)
     widened = _Widened((weight, mean, var, *outs[1:]))
@@ -188,7 +190,7 @@ def half_batch_norm_grad(ins: Sequence[Any], outs: Sequence[Spec], *, eps: float
         wide = widened.arrays(scratch, nbytes, everything)
         before = [converted(to, v) for to, v in zip(wide[:3], vectors, strict=True) if to is not v]
         after = [converted(v, to) for to, v in zip(wide[3:], out[1:], strict=True) if to is not v]
-        return [*before, *bind(out[0], *wide[3:], scratch, g, x, *_value(wide[0]), *wide[1:3]), *after]
+        return [*before, *bind(out[0], *wide[3:], scratch, g, x, *value_of(wide[0]), *wide[1:3]), *after]
 
     return NativeKernel(calls, nbytes + carve_bytes(*widened.parts), contiguous)
 
@@ -207,7 +209,7 @@ def layer_norm(ins: Sequence[Any], outs: Sequence[Spec], *, ndim: int, eps: floa
     numbers = sum(not isinstance(v, Spec) for v in (weight, bias))
 
     def calls(out: Any, x: Any, weight: Any, bias: Any, scratch: Any = None) -> list[Any]:
-        return [function.bind(*out, scratch, x, *_value(weight), *_value(bias), x.size // n, n, eps)]
+        return [function.bind(*out, scratch, x, *value_of(weight), *value_of(bias), x.size // n, n, eps)]
 
     return NativeKernel(calls, numbers * n * x.dtype.itemsize, contiguous=True)
 
@@ -222,9 +224,9 @@ def layer_norm_grad(ins: Sequence[Any], outs: Sequence[Spec], *, ndim: int, eps:
     if not _of_size((mean, var), x.size // n):
         return None
     function = _ROWS_GRAD[x.dtype]
-    numbers = _scratch("layer", x.size // n, n) + (0 if isinstance(weight, Spec) else n)
+    numbers = scratch_bytes("layer", x.size // n, n) + (0 if isinstance(weight, Spec) else n)
 
     def calls(out: Any, g: Any, x: Any, weight: Any, mean: Any, var: Any, scratch: Any = None) -> list[Any]:
-        return [function.bind(*out, scratch, g, x, *_value(weight), mean, var, x.size // n, n, eps)]
+        return [function.bind(*out, scratch, g, x, *value_of(weight), mean, var, x.size // n, n, eps)]
 
     return NativeKernel(calls, numbers * x.dtype.itemsize, contiguous=True, aliasing=True)

@@ -15,7 +15,18 @@ from brim.expr import SCALAR_FUNCTIONS, FusedFormula, ScalarStep
 from brim_cpu import native
 from brim_cpu.overlay.chains import Chains, Line, chains_of, depth_first, link_codes
 
-__all__ = ["MAX_DIMS", "Layout", "Lines", "code_of", "fits", "layout", "lines_of", "math_functions"]
+__all__ = [
+    "MAX_DIMS",
+    "STREAM_BYTES",
+    "Layout",
+    "Lines",
+    "code_of",
+    "completed_for_tiles",
+    "fits",
+    "layout",
+    "lines_of",
+    "math_functions",
+]
 
 _NAMES = {
     "float32": "f32",
@@ -31,7 +42,7 @@ _UNIFORM = -1
 MAX_DIMS, _MAX_SLOTS, _MAX_LINES = 8, 96, 512
 _BLOCKS = (1024, 512, 256, 128)
 _REGISTER_BYTES = 64 * 1024
-_CHUNKS, _SEAMLESS, _COMPLETED = 18, 21, 7  # places in a header; how many words vm.cpp fills
+_CHUNKS, _TAILS, _SEAMLESS, _COMPLETED = 18, 20, 21, 7  # places in a header; how many words vm.cpp fills
 _CACHE_BYTES = 24 * 1024
 """What registers may take of a first-level cache; operands stream through the rest."""
 
@@ -328,6 +339,13 @@ def layout(
     native.Function("brim_vm_prepare", "pppp").bind(header, table, code, chained)()
     numbers = int(header[_CHUNKS]), size, sum(itemsizes), bool(header[_SEAMLESS])
     return Layout(header, table, places, code, chained, tuple(made.only_chained()), *numbers)
+
+
+def completed_for_tiles(plan: Layout) -> np.ndarray[Any, Any]:
+    """The header for ranges of elements that begin and end anywhere: such blocks have parts of vectors at their end."""
+    header = plan.header.copy()
+    header[_TAILS], header[_SEAMLESS] = 1, 0
+    return header
 
 
 def _with_chains(made: Lines, ahead: Sequence[int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
