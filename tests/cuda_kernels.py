@@ -30,6 +30,7 @@ from test_cuda_composites import composite_calls
 from test_cuda_composites import works as composite_works
 from test_cuda_elementwise import random_formula, work_for
 from test_cuda_fused_norms import NAMES, cases
+from test_cuda_together import calls as together_calls
 
 __all__ = ["MAX_REGISTERS", "Compilation", "by_origin", "most_registers"]
 
@@ -83,6 +84,7 @@ def by_origin() -> dict[str, list[Kernel]]:
         "composites": kernels_of(composite_works(composite_calls())),
         "attention": of_attention(),
         "fused norms": kernels_of(composite_works([one for name in NAMES for one in cases(name)[::9]])),
+        "many arrays together": kernels_of(composite_works(list(together_calls().values()))),
         "losses of many classes": kernels_of(wide_losses()),
         "planned networks": of_planned_networks(),
         "random formulas": kernels_of([work_for(*random_formula(np.random.default_rng(seed))) for seed in range(10)]),

@@ -66,12 +66,12 @@ def test_a_transformer_has_no_group_beside_a_norm() -> None:
 
 
 def test_updates_of_a_transformer_are_few_launches() -> None:
-    for clip, most in ((None, 3), (1.0, 4)):
+    for clip, most in ((None, 3), (1.0, 6)):  # with it: two for the norm, one for the factor, which updates multiply by
         program, traffic, parameters = gpt2(clip)
         assert parameters == 40
-        assert traffic.by_phase()["update"].launches <= most + (0 if clip is None else 126), traffic
+        assert traffic.by_phase()["update"].launches <= most, traffic
         updates = [i for i in program.instructions if i.phase == "update" and i.op.name in ("fused", "fused_many")]
-        assert len(updates) <= most
+        assert len(updates) <= 3
 
 
 def test_a_residual_network_stores_no_activation_twice() -> None:

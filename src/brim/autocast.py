@@ -79,7 +79,7 @@ KEPT = frozenset((
     "softmax_grad", "log_softmax_grad", "causal_softmax_grad", "logsumexp_grad", "cross_entropy_grad",
     "batch_norm_grad", "layer_norm_grad", "attention_grad", "attention_dropout_grad",
     "sgd_update", "sgd_momentum_update", "adam_update", "amsgrad_update", "rmsprop_update", "rmsprop_plain_update",
-    "rmsprop_centered_update",
+    "rmsprop_centered_update", "squares_sum", "all_finite",
     # made by the passes over a traced program, which autocast has gone through already
     "store", "fused", "fused_many", "matmul_epilogue", "conv2d_epilogue",
     "cross_entropy_powers", "cross_entropy_powers_grad", "cross_entropy_with_grad",

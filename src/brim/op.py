@@ -319,11 +319,15 @@ def view(
 def composite(
     name: str, *, vjp: Callable[..., Any] | None = None, outputs: int = 1, aux: int = 0
 ) -> Callable[[Callable[..., Any]], Op]:
-    """Decorator: an op whose body is made of other ops. Positional parameters are inputs, keyword-only ones params."""
+    """Decorator: an op whose body is made of other ops. Positional parameters are inputs, keyword-only ones params.
+
+    With ``*xs`` the number of inputs varies.
+    """
 
     def register(body: Callable[..., Any]) -> Op:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        arity = sum(p.kind in kinds for p in inspect.signature(body).parameters.values())
+        given = [p.kind for p in inspect.signature(body).parameters.values()]
+        arity = None if inspect.Parameter.VAR_POSITIONAL in given else sum(kind in kinds for kind in given)
         return Op(name, "composite", arity=arity, outputs=outputs, aux=aux, vjp=vjp, body=body, doc=body.__doc__)
 
     return register

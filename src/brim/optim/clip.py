@@ -12,6 +12,7 @@ from brim.autocast import suspended
 from brim.autograd import no_grad
 from brim.context import phase_scope
 from brim.creation import zeros
+from brim.ops.together import squares_sum
 from brim.tensor import Tensor
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_"]
@@ -45,11 +46,10 @@ def clip_grad_norm_(
         raise ValueError(f"expected max_norm >= 0 and norm_type > 0, got {max_norm!r} and {norm_type!r}")
     members = _with_gradients(parameters)
     with no_grad(), suspended(), phase_scope("update"):
-        parts = [_part(member.grad, p) for member in members if member.grad.size]
-        if not parts:
+        grads = [member.grad for member in members if member.grad.size]
+        if not grads:
             return zeros((), device=members[0].grad.device if members else None)
-        together = ops.stack([part.to(parts[0].device) for part in parts])
-        norm: Tensor = ops.max(together) if math.isinf(p) else _root(ops.sum(together), p)
+        norm: Tensor = _norm(grads, p)
         if error_if_nonfinite and not math.isfinite(norm):
             raise FloatingPointError(
                 f"the norm of the gradients is {float(norm)}; lower the learning rate or look for NaN"
@@ -80,19 +80,25 @@ def _wide(grad: Any) -> Any:
     return grad.astype("float32") if grad.dtype.itemsize < 4 else grad
 
 
-def _part(grad: Any, p: float) -> Any:
-    grad = _wide(grad)
+def _norm(grads: list[Any], p: float) -> Any:
+    """The p-norm of all gradients as one vector, on the device of the first."""
+    if p == 2.0:
+        by_device: dict[Any, list[Any]] = {}
+        for grad in grads:
+            by_device.setdefault(grad.device, []).append(grad)
+        parts = [squares_sum(*some) for some in by_device.values()]
+    else:
+        parts = [_part(grad, p) for grad in grads]
+    parts = [part.to(grads[0].device) for part in parts]
     if math.isinf(p):
-        return ops.max(ops.abs(grad))
-    if p != 2.0:
-        return (ops.abs(grad) ** p).sum()
-    # The rows' products with themselves: the squares are never there as an array of their own.
-    rows = grad.reshape((grad.shape[0] if grad.ndim > 1 else 1, 1, -1))
-    return (rows @ rows.mT).sum()
-
-
-def _root(total: Any, p: float) -> Any:
+        return ops.max(ops.stack(parts))
+    total = parts[0] if len(parts) == 1 else ops.sum(ops.stack(parts))
     return ops.sqrt(total) if p == 2.0 else total ** (1.0 / p)
+
+
+def _part(grad: Any, p: float) -> Any:
+    magnitudes = ops.abs(_wide(grad))
+    return ops.max(magnitudes) if math.isinf(p) else (magnitudes**p).sum()
 
 
 def _scaled(grad: Any, factor: Any) -> Any:

@@ -11,6 +11,7 @@ from brim.autograd import no_grad
 from brim.context import baked, host_scalars, layer_scope, phase_scope
 from brim.creation import full
 from brim.errors import DTypeError
+from brim.ops.together import all_finite
 from brim.optim.optimizer import Optimizer, check_range, layer_of
 from brim.tensor import Tensor
 
@@ -89,7 +90,7 @@ class GradScaler:
             return
         if id(optimizer) in self._finite:
             raise RuntimeError("these gradients are unscaled already; call update() after each step")
-        flags = []
+        grads = []
         with no_grad(), suspended(), phase_scope("update"):
             inverse = 1.0 / self._scale
             for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -100,12 +101,13 @@ class GradScaler:
                         f"a gradient is {grad.dtype}: loss scaling is for float32 parameters, which autocast casts; "
                         "make the model with dtype='float32'"
                     )
+                grads.append(grad)
                 with layer_scope(layer_of(p)):
-                    p.grad = unscaled = (grad * inverse.astype(grad.dtype)).book_as("grads")
-                    flags.append(ops.all(ops.isfinite(unscaled)))
-            if not flags:
+                    p.grad = (grad * inverse.astype(grad.dtype)).book_as("grads")
+            if not grads:
                 raise RuntimeError("the optimizer's parameters have no gradients; call scale(loss).backward() first")
-            self._finite[id(optimizer)] = ops.all(ops.stack(flags))
+            # Of what they were, times the same factor: the products themselves need not be stored for it.
+            self._finite[id(optimizer)] = all_finite(inverse, *grads)
 
     def step(self, optimizer: Optimizer) -> None:
         """The optimizer's step, with gradients unscaled here or before, without effect where one is not finite.

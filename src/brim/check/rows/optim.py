@@ -8,6 +8,7 @@ import numpy as np
 
 from brim.check.table import In, Row
 from brim.ops import update_rules as rules
+from brim.ops.together import all_finite, squares_sum
 
 P = In((5, 7))
 MEAN = In((5, 7), 0.1, 0.5)
@@ -58,10 +59,37 @@ def _rmsprop_centered(p: Any, g: Any, s: Any, a: Any, u: Any) -> Any:
     return p - 0.1 * u, s, a, u
 
 
+def _squares(*xs: Any) -> Any:
+    return sum((np.abs(x) ** 2).sum() for x in xs)
+
+
+def _all_finite(factor: Any, *xs: Any) -> Any:
+    return all(np.isfinite(factor * x).all() for x in xs)
+
+
+def _infinite(at: tuple[int, ...]) -> Any:
+    """Numbers with one that is too large at a place."""
+
+    def values(rng: np.random.Generator) -> Any:
+        array = rng.uniform(-2.0, 2.0, (4, 6))
+        array[at] = np.inf
+        return array
+
+    return values
+
+
 _ADAM = (0.1, 0.9, 0.99, 1e-3, 0.01, 0.5, 0.7)
 _NOTE = "updates are not differentiated"
+_GRADS = (In((5, 7)), In((3,)), In((1,)), In((2, 3, 4)), In(()))
 
 ROWS = [
+    Row("squares_sum", _GRADS, _squares, dtypes=("float32", "float64", "float16", "bfloat16", "complex64"),
+        tolerance={"float16": (2e-5, 2e-5), "bfloat16": (2e-5, 2e-5)}),
+    Row("squares_sum with nothing in some", (In((0,)), In((2, 0)), In((3, 70))), _squares, covers=("squares_sum",),
+        call=lambda *xs: squares_sum(*xs), dtypes=FLOAT),
+    Row("all_finite", (In((), 0.5, 1.0), *_GRADS), _all_finite, dtypes=FLOAT, grad=False),
+    Row("all_finite not", (In((), 0.5, 1.0), P, In((4, 6), values=_infinite((3, 5))), P), _all_finite,
+        call=lambda factor, *xs: all_finite(factor, *xs), covers=("all_finite",), dtypes=FLOAT, grad=False),
     Row("sgd_update", (P, P), _sgd, call=lambda p, g: rules.sgd_update(p, g, 0.1, 0.01, maximize=False),
         covers=("sgd_update",), dtypes=FLOAT, grad=False, note=_NOTE),
     *(

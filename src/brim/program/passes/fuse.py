@@ -154,8 +154,8 @@ class _Search:
         return max((n.at for n in self.readers.get(value, ()) if n is not without), default=-1.0)
 
     def _kept_longer(self, node: _Node, until: float) -> int:
-        """Bytes of what a node reads that nobody else reads at ``until`` or later."""
-        values = {ref.value for ref in node.reads if _takes_memory(ref.value)}
+        """Bytes of what a node reads that nobody else reads at ``until`` or later; single numbers do not count."""
+        values = {ref.value for ref in node.reads if _takes_memory(ref.value) and ref.value.spec.size > 1}
         return sum(value.nbytes for value in values if self._last_read(value, node) < until)
 
     def _something_between(self, first: _Node, second: _Node) -> bool:
