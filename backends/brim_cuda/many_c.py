@@ -92,6 +92,7 @@ def many_kernel(
     shared: int,
     parts: int,
     slots: bool = False,
+    ones: Sequence[int] = (),
 ) -> ManyKernel:
     """The kernel for parts whose arrays are row-major.
 
@@ -103,6 +104,7 @@ def many_kernel(
         parts: how many parts there are; the kernel has room for as many, or for as many as one launch can take.
         slots: whether scalars are read from the parameter ``slots`` (device memory, as ``ManySlots`` says) instead of
             being passed; the struct then has the field slot, the number of the part there.
+        ones: inputs of the parts' own that are one element for all of a part.
     """
     body = typed_body(formula, ins, outs)
     single = tuple(n for n in body.arrays if n < shared)
@@ -110,7 +112,7 @@ def many_kernel(
     scalars = tuple(ScalarParam(f"s{n}", which, which >= shared) for n, (which, _) in enumerate(body.uses))
     dtypes = [dtype for _, dtype in body.uses]
     own = [(scalar, dtype) for scalar, dtype in zip(scalars, dtypes, strict=True) if scalar.by_part]
-    step = vector_length([*(ins[n] for n in arrays), *outs], False)
+    step = vector_length([*(ins[n] for n in arrays if n not in ones), *outs], False)
     operands = len(arrays) + len(outs)
 
     fixed_bytes = 8 * (len(single) + len(scalars) - len(own) + 2)  # and what aligning the struct may take
@@ -150,7 +152,7 @@ extern "C" __global__ void __launch_bounds__({BLOCK}) NAME(PARAMS) {{
         if (part + half < parts && table.first[part + half] <= block) part += half;
     {_lines([*_addresses(ins, outs, arrays), *reads], 4)}
     const i32 n = table.size[part], i = ((block - table.first[part]) * {BLOCK} + (i32)threadIdx.x) * {step};
-    {_work(body, ins, outs, single, arrays, step)}
+    {_work(body, ins, outs, [*single, *ones], [n for n in arrays if n not in ones], step)}
 }}
 """
     return ManyKernel(named_kernel("many", params, text, INCLUDES), table, single, arrays, scalars, step, parts)

@@ -55,10 +55,10 @@ def many_calls(
             calls += fused_calls(formula, operands, results, roles=roles, results=places)
         else:
             raise KeyError("the CUDA backend has no kernel for many groups of such arrays with scalars in its memory")
-    for (dtypes, out_dtypes), members in alike.items():
+    for (dtypes, out_dtypes, ones), members in alike.items():
         start = 0
         while start < len(members):
-            made = many_kernel(formula, dtypes, out_dtypes, shared, len(members) - start, slots is not None)
+            made = many_kernel(formula, dtypes, out_dtypes, shared, len(members) - start, slots is not None, ones)
             calls.append(_call(made, members[start : start + made.parts], slots))
             start += made.parts
     return calls
@@ -88,9 +88,11 @@ def _part(ins: Sequence[Any], outs: Sequence[Spec], n: int, count: int, shared: 
 
 
 def _kind(formula: FusedFormula, ins: Sequence[Any], outs: Sequence[Spec], shared: int) -> Any:
-    """(dtypes of inputs, of outputs) of a part that the kernel for many can do, else None."""
+    """(dtypes of inputs, of outputs, which inputs of its own are one element for all) of a part that the kernel for
+    many can do, else None."""
     size = outs[0].size
-    arrays = [x for x in (*ins[shared:], *outs) if isinstance(x, Spec)]
+    ones = tuple(n for n, x in enumerate(ins) if n >= shared and isinstance(x, Spec) and x.size == 1 != size)
+    arrays = [x for n, x in enumerate((*ins, *outs)) if n >= shared and n not in ones and isinstance(x, Spec)]
     dtypes = tuple([x.dtype if isinstance(x, Spec) else None for x in ins])
     out_dtypes = tuple([out.dtype for out in outs])
     fits = size <= ELEMENTS_MAX and all(x.contiguous and x.size == size for x in arrays)
@@ -98,7 +100,7 @@ def _kind(formula: FusedFormula, ins: Sequence[Any], outs: Sequence[Spec], share
     plain = all(dtype is None or dtype.kind != "c" for dtype in (*dtypes, *out_dtypes))
     plain = plain and all(dtype.kind in "biuf" and dtype.itemsize >= 4 for _, dtype in scalar_uses(formula, dtypes))
     drawn = any(step.fn == "uniform" for step in formula.steps)
-    return (dtypes, out_dtypes) if fits and plain and not drawn else None
+    return (dtypes, out_dtypes, ones) if fits and plain and not drawn else None
 
 
 def _call(made: ManyKernel, members: Sequence[tuple[int, _Part]], slots: Any) -> Call:

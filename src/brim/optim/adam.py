@@ -71,8 +71,17 @@ class Adam(Optimizer):
         for beta in settings["betas"]:
             check_range("betas", beta, 0.0, 1.0)
 
+    def update_group(self, group: dict[str, Any], members: list[tuple[int, Tensor, Tensor]]) -> None:
+        if group["finite"] is not None:  # counts before updates, so that either may share launches
+            found = {id(p): self._corrections(group, self.state.setdefault(i, {}), p) for i, p, _ in members}
+            group = {**group, "corrections": found}
+        super().update_group(group, members)
+
     def update(self, group: dict[str, Any], state: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        correction1, root_of_correction2 = self._corrections(group, state, param)
+        if group["finite"] is not None:
+            correction1, root_of_correction2 = group["corrections"][id(param)]
+        else:
+            correction1, root_of_correction2 = self._corrections(group, state, param)
         beta1, beta2 = group["betas"]
         moments = [self.buffer(state, "exp_avg", param), self.buffer(state, "exp_avg_sq", param)]
         if group["amsgrad"]:

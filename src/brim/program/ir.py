@@ -43,7 +43,8 @@ FUSED_MANY = Op("fused_many", "primitive", arity=None, rule=None, doc="one fused
 """``fused_many(*ins, formula=FusedFormula, count=int, shared=int)``: ``count`` parts that know nothing of each other.
 
 The first ``shared`` inputs (scalars, and arrays of one element) are the first inputs of every part; what follows are
-the further inputs of each part in turn, and so the outputs. The arrays of a part are row-major and of one size.
+the further inputs of each part in turn, and so the outputs. The arrays of a part are row-major and of one size, or of
+one element; those inputs have one element in all parts that are larger.
 """
 
 

@@ -100,7 +100,7 @@ def _joining(
     peak: Callable[[Program], int] | None,
     scratch_bytes: Callable[[Instruction], int] | None,
 ) -> list[Callable[[Program], Program]]:
-    """The pass that joins small instructions, if each one costs a launch on this backend."""
+    """The pass that joins small instructions, twice, if each one costs a launch on this backend."""
     keeps_bytes: int = getattr(backend, "joins_side_by_side", 0)
     if not keeps_bytes:
         return []
@@ -113,4 +113,4 @@ def _joining(
         array_bytes=getattr(backend, "joins_arrays_of", ARRAY_BYTES_MAX),
         update_bytes=getattr(backend, "joins_updates", ARRAY_BYTES_MAX),
     )
-    return [update_wrapper(joined, side_by_side)]
+    return [update_wrapper(joined, side_by_side)] * 2  # again: what updates read may join once they have

@@ -198,8 +198,8 @@ class _Keys:
         for x in group.ins:
             if isinstance(x, HostScalar):
                 operands.append(x.kind)
-            elif x.spec.size != size:  # one element for all: it is passed once, so it is the same for all parts
-                operands.append((x.value, x.offset, x.spec.dtype))
+            elif x.spec.size != size:  # one element for all of the part
+                operands.append(("one", x.spec.dtype))
             else:
                 operands.append(x.spec.dtype)
         text = repr(group.formula)  # not the formula itself: 0.0 equals -0.0, and 1 equals True
@@ -215,8 +215,10 @@ def _joined(groups: Sequence[Group], instructions: Sequence[Instruction]) -> Ins
     numbers = {old: new for new, old in enumerate((*shared, *own))}
     formula = _renumbered(groups[0].formula, numbers)
     first = [groups[0].ins[n] for n in shared]
-    ins: list[Operand] = [Ref(x.value, Spec((), x.spec.dtype), x.offset) if isinstance(x, Ref) else x for x in first]
-    ins += [group.ins[n] for group in groups for n in own]
+    ins: list[Operand] = [_one(x) if isinstance(x, Ref) else x for x in first]
+    for group in groups:
+        whole = group.outs[0].spec.size
+        ins += [_one(x) if isinstance(x, Ref) and x.spec.size != whole else x for x in (group.ins[n] for n in own)]
     outs: tuple[Value, ...] = tuple(out for group in groups for out in group.outs)
     params = {"formula": formula, "count": len(groups), "shared": len(shared)}
     last = instructions[-1]
@@ -229,7 +231,12 @@ def _is_shared(operands: Sequence[Any], size: int) -> bool:
     first = operands[0]
     if isinstance(first, HostScalar):
         return len({_scalar_key(one) for one in operands}) == 1
-    return first.spec.size != size
+    return first.spec.size != size and len({(one.value, one.offset) for one in operands}) == 1
+
+
+def _one(x: Ref) -> Ref:
+    """An array of one element, whatever its axes."""
+    return Ref(x.value, Spec((), x.spec.dtype), x.offset)
 
 
 def _scalar_key(x: Any) -> Any:
