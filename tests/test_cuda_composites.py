@@ -187,6 +187,25 @@ def test_results_have_the_same_bits_in_any_order_of_threads() -> None:
         assert all(other == first for other in others), str(one)
 
 
+def views_of_rows(dtype: str) -> Iterator[Recorded]:
+    """Norms of rows whose first is aligned for reads of 16 bytes, and whose others are not."""
+    make = _Inputs(dtype)
+    for rows, numbers in ((9, 19), (14, 33)):
+        x = make.normal(rows, numbers)[:, :16]
+        g = make.normal(rows, numbers)[:, :16]
+        yield (forward := call_of("layer_norm", [x, make.normal(16), make.normal(16)], ndim=1, eps=1e-3))
+        statistics = [part.astype(make.wide) for part in forward.wrote[1:]]
+        yield call_of("layer_norm_grad", [g, x, make.normal(16), *statistics], ndim=1, eps=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_of_views_are_read_where_they_lie(dtype: str) -> None:
+    loader = EmulationLoader()
+    for one in views_of_rows(dtype):
+        close(emulated(loader, one), one, times=2)
+
+
 def test_long_channels_are_cut_into_pieces_and_short_ones_take_one_launch() -> None:
     def launches(name: str) -> set[int]:
         return {len(work.calls) for one in composite_calls() if one.op.name == name and (work := one.work())}

@@ -93,6 +93,7 @@ BAD = {
     "write past the end": ("y[threadIdx.x] = 0.0f;", "outside of its memory by thread"),
     "too little shared memory": ("DYN_SHARED(float, s); s[threadIdx.x + 1] = 1.0f;", "outside of its memory"),
     "division": ("y[0] = (float)(7 / (n - n));", "division by zero"),
+    "misaligned": ("y[0] = ((const Pack<float, 4>*)(x + 1))->v[0];", "misaligned access by thread"),
 }
 
 

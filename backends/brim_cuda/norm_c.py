@@ -67,6 +67,11 @@ class Side:
         """Whether the ``v`` elements of a unit lie side by side."""
         return v == 1 or (self.steps.step == 1 and self.steps.part % v == 0)
 
+    def in_pieces(self, v: int) -> bool:
+        """Whether every unit lies at a multiple of its size from the first: rows of views may be any number apart."""
+        s = self.steps
+        return self.dense(v) and not any(step % v for step in (s.line, s.group_step, s.part_step))
+
     def single(self, v: int) -> bool:
         """Whether all elements of a unit are one."""
         return v > 1 and self.steps.step == 0 and self.steps.part % v == 0
@@ -124,12 +129,16 @@ class _Printer:
         st = f"st{self.at(steps)[2:]}"
         return f"line_start({st}, line) + element({st}, j + k)"
 
+    def wide(self, side: Side) -> str:
+        """The condition under which a unit is read or written in one access."""
+        return "wide" if side.in_pieces(self.v) else "false"
+
     def load(self, side: Side) -> str:
         """The statement that reads a unit of an operand; none where each element is read by itself."""
         self.sides[side.name] = side
         at = self.at(side.steps)
         if side.dense(self.v):
-            return f"const auto a_{side.name} = taken<{self.v}>({side.name} + {at}, wide);"
+            return f"const auto a_{side.name} = taken<{self.v}>({side.name} + {at}, {self.wide(side)});"
         return f"const auto a_{side.name} = {side.name}[{at}];" if side.single(self.v) else ""
 
     def value(self, side: Side) -> str:
@@ -142,7 +151,7 @@ class _Printer:
         """The statement that writes a unit of a result."""
         self.sides[side.name] = side
         if side.dense(self.v):
-            return f"put<{self.v}>({side.name} + {self.at(side.steps)}, r_{side.name}, wide);"
+            return f"put<{self.v}>({side.name} + {self.at(side.steps)}, r_{side.name}, {self.wide(side)});"
         place = self.element_at(side.steps)
         return f"for (int k = 0; k < {self.v}; ++k) {side.name}[{place}] = r_{side.name}.v[k];"
 
@@ -221,7 +230,7 @@ def printed(
     bodies = {"NAME_before": head, "NAME_after": tail}
     elements = {name: body.element().replace("NAME_element", name) for name, body in bodies.items()}
     sides = list(p.sides.values())
-    aligned = [f"is_aligned<{C_TYPES[s.dtype]}, {v}>({s.name})" for s in sides if s.dense(v)] if v > 1 else []
+    aligned = [f"is_aligned<{C_TYPES[s.dtype]}, {v}>({s.name})" for s in sides if s.in_pieces(v)] if v > 1 else []
     arguments: list[Argument] = [(pointer(s.name, s.dtype, const=not s.written), s.place) for s in sides]
     arguments += p.scalars
     arguments += [(steps_param(f"st{n}", index), steps.packed(index)) for n, steps in enumerate(p.steps)]

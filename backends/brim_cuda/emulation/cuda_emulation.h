@@ -2,7 +2,8 @@
 //
 // A thread runs until it ends or waits at a barrier; threads that never wait share one stack. Caught, with a message:
 // barriers and warp primitives that only some threads reach or that they reach at different places, access outside of
-// guarded memory, integer division by zero. Shared memory is dynamic only (DYN_SHARED), filled with NaN before each
+// guarded memory or at an address that is no multiple of its size (compiled with -fsanitize=alignment, trapping), integer
+// division by zero. Shared memory is dynamic only (DYN_SHARED), filled with NaN before each
 // block and ends at a guard page; the order of threads and blocks can be turned round or shuffled, so that a missing
 // barrier shows. Tensor cores and asynchronous copies: tensor_cores.h. Not covered: cooperative groups, the memory
 // model, speed.
@@ -215,12 +216,12 @@ static void on_fault(int signal_number, siginfo_t* info, void*) {
     siglongjmp(fault, signal_number);
 }
 
-constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE}, REFUSED = -1;  // REFUSED: no signal, the message is there
+constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL}, REFUSED = -1;  // REFUSED: no signal, the message is there
 
 // 0: done; 1: see message; 2: see message and fault_address.
 static int launch(void (*kernel)(void*), void* argument, const unsigned* sizes, unsigned how, size_t shared_bytes) {
     static stack_t own = {}, before = {};
-    static struct sigaction action = {}, old[3];
+    static struct sigaction action = {}, old[4];
     static int result;
     grid = {sizes[0], sizes[1], sizes[2]}, block = {sizes[3], sizes[4], sizes[5]};
     count = block.x * block.y * block.z, entry = kernel, entry_argument = argument;
@@ -233,7 +234,7 @@ static int launch(void (*kernel)(void*), void* argument, const unsigned* sizes, 
     if (own.ss_sp == nullptr) own.ss_size = 64 * 1024, own.ss_sp = malloc(own.ss_size);
     sigaltstack(&own, &before);
     action.sa_sigaction = on_fault, action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    for (int i = 0; i < 3; ++i) sigaction(SIGNALS[i], &action, &old[i]);
+    for (int i = 0; i < 4; ++i) sigaction(SIGNALS[i], &action, &old[i]);
     const int number = sigsetjmp(fault, 1);
     if (number == 0) {
         running = 1, result = 0;
@@ -248,13 +249,15 @@ static int launch(void (*kernel)(void*), void* argument, const unsigned* sizes, 
         result = 1;
     } else {
         snprintf(message, sizeof message, "%s by thread (%u, %u, %u) of block (%u, %u, %u)",
-                 number == SIGFPE ? "integer division by zero" : "access outside of its memory", current->index.x,
-                 current->index.y, current->index.z, block_index.x, block_index.y, block_index.z);
-        result = number == SIGFPE ? 1 : 2;
+                 number == SIGFPE   ? "integer division by zero"
+                 : number == SIGILL ? "misaligned access"
+                                    : "access outside of its memory",
+                 current->index.x, current->index.y, current->index.z, block_index.x, block_index.y, block_index.z);
+        result = number == SIGFPE || number == SIGILL ? 1 : 2;
     }
     running = 0;
     if (result != 0) memcpy(stacks, all_stacks, sizeof stacks), free_count = stack_count;
-    for (int i = 0; i < 3; ++i) sigaction(SIGNALS[i], &old[i], nullptr);
+    for (int i = 0; i < 4; ++i) sigaction(SIGNALS[i], &old[i], nullptr);
     sigaltstack(&before, nullptr);
     return result;
 }

@@ -32,7 +32,8 @@ HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 KERNELS_A_LIBRARY = 48
 """More kernels are compiled in several parts, side by side."""
 
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-w",
+         "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")  # fmt: skip
 
 
 class EmulationError(RuntimeError):
