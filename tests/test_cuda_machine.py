@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from brim import nn, optim
 from brim.errors import BudgetExceeded, DeviceError
 from brim.spec import DTYPES, Spec
 from brim_cuda import backend
+from brim_cuda.dnn import DnnPlan, Request
 from brim_cuda.dnn_host import HostCudnn
 from brim_cuda.emulation import find_compiler
 from brim_cuda.graph_driver import Driver
@@ -212,6 +214,27 @@ def test_cudnn_is_tried_when_the_device_starts(cupy: StandIn) -> None:
     assert [plan.request.kind for plan in twin.executed] == ["fprop"]
     assert found.facts(0)["cudnn"] == "NumPy in place of cuDNN"
     assert not cupy.cuda.runtime.live
+
+
+class Greedy(HostCudnn):
+    """A library whose plans want much scratch."""
+
+    def plan(self, request: Request) -> DnnPlan:
+        return replace(super().plan(request), workspace_bytes=5 * MIB)
+
+
+def test_the_first_try_has_all_the_scratch_that_a_plan_wants(
+    cupy: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    runtime, given = cupy.cuda.runtime, [0]
+    malloc = runtime.malloc
+    monkeypatch.setattr(runtime, "malloc", lambda nbytes: given.append(nbytes) or malloc(nbytes))
+    found = machine()
+    found.loader.dnn_library = twin = Greedy()
+    assert found.facts(0)["cudnn"] == "NumPy in place of cuDNN"
+    assert [plan.workspace_bytes for plan in twin.executed] == [5 * MIB]
+    assert 5 * MIB < max(given) < 6 * MIB
+    assert not runtime.live
 
 
 def test_cudnn_that_does_not_run_is_not_used(cupy: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,33 +144,33 @@ class _Gpu:
         how = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
         with _Running(self.runtime, self.stream, self.index):
             try:
-                address = self.runtime.malloc(_MIB)
-                try:
-                    memory = self.cupy.cuda.UnownedMemory(address, _MIB, None, device_id=self.index)
-                    self._try(memory, "add", (square, square, square), {})
-                    self._try(memory, "matmul", (square, square, square), {})
-                    self.dnn_status = self.loader.open_dnn()
-                    if self.loader.dnn() is not None:
-                        try:
-                            self._try(memory, "conv2d", (image, filters, image), how)
-                        except DeviceError as error:
-                            if dnn_wanted() == "1":
-                                raise
-                            self.loader.close_dnn()
-                            self.dnn_status = f"not used: {error}"
-                    self.stream.synchronize()
-                finally:
-                    self.runtime.free(address)
+                self._try("add", (square, square, square), {})
+                self._try("matmul", (square, square, square), {})
+                self.dnn_status = self.loader.open_dnn()
+                if self.loader.dnn() is not None:
+                    try:
+                        self._try("conv2d", (image, filters, image), how)
+                    except DeviceError as error:
+                        if dnn_wanted() == "1":
+                            raise
+                        self.loader.close_dnn()
+                        self.dnn_status = f"not used: {error}"
             except self.runtime.CUDARuntimeError as error:
                 raise LowLevelError(str(error), int(error.status)) from error
 
-    def _try(self, memory: Any, name: str, specs: tuple[Spec, Spec, Spec], params: dict[str, Any]) -> None:
-        """Run an op of two inputs, whatever is in the memory."""
-        nbytes = 1 << 14
-        a, b, out = (self.view(memory, n * nbytes, spec) for n, spec in enumerate(specs))
+    def _try(self, name: str, specs: tuple[Spec, Spec, Spec], params: dict[str, Any]) -> None:
+        """Run an op of two inputs, on as much memory as it wants, whatever is in it."""
+        each = 1 << 14
         kernel = bind(self.loader, REGISTRY[name], specs[:2], specs[2:], params, self.loader.dnn())
-        scratch = self.view(memory, 3 * nbytes, Spec((kernel.scratch_bytes,), np.dtype("u1")))
-        kernel.run(out, a, b, scratch=scratch)
+        nbytes = 3 * each + kernel.scratch_bytes
+        address = self.runtime.malloc(nbytes)
+        try:
+            memory = self.cupy.cuda.UnownedMemory(address, nbytes, None, device_id=self.index)
+            a, b, out = (self.view(memory, n * each, spec) for n, spec in enumerate(specs))
+            kernel.run(out, a, b, scratch=self.view(memory, 3 * each, Spec((kernel.scratch_bytes,), np.dtype("u1"))))
+            self.stream.synchronize()
+        finally:
+            self.runtime.free(address)
 
     def view(self, memory: Any, offset_bytes: int, spec: Spec) -> Any:
         item = spec.dtype.itemsize
