@@ -18,12 +18,12 @@ import brim
 from brim.check.networks import IN_HALF, NETWORKS, compiled, make
 from brim.op import REGISTRY
 from brim.spec import DTYPES, Spec
-from brim_cuda.launch import Kernel
+from brim_cuda.launch import Call, Kernel
 from brim_cuda.nvrtc import compile_cubin, find_nvrtc, nvrtc_version
 from brim_cuda.registry import Work, work_of
 from brim_cuda.source import translation_unit
 from brim_cuda.steps import Steps
-from emulating import kernels_of, recorded
+from emulating import recorded
 from test_cuda_attention import attention_calls
 from test_cuda_attention_mma import launches
 from test_cuda_composites import composite_calls
@@ -32,16 +32,25 @@ from test_cuda_elementwise import random_formula, work_for
 from test_cuda_fused_norms import NAMES, cases
 from test_cuda_together import calls as together_calls
 
-__all__ = ["MAX_REGISTERS", "Compilation", "by_origin", "most_registers"]
+__all__ = ["MAX_REGISTERS", "REGISTERS_OF_BLOCK", "Compilation", "by_origin", "calls_by_origin", "most_registers"]
+
+MAX_REGISTERS = 128
+"""Of a thread, unless launch bounds say otherwise: two blocks of 256 threads on a multiprocessor."""
+REGISTERS_OF_BLOCK = 65536
+"""What the threads of a block have together; a launch that wants more fails (CUDA C++ Programming Guide, table of
+compute capabilities)."""
 
 PROFILE = "h100-80gb"
-MAX_REGISTERS = 128
-"""Of a thread: two blocks of 256 threads fit a multiprocessor then."""
 
 
-def of_planned_networks() -> list[Kernel]:
+def calls_of(works: Sequence[Work]) -> list[Call]:
+    """Their launches of kernels."""
+    return [call for work in works for call in work.calls if isinstance(call, Call)]
+
+
+def of_planned_networks() -> list[Call]:
     """Those of the test networks as they are planned for a GPU: fused groups, joined updates, and all between."""
-    found: dict[Kernel, None] = {}
+    found: list[Call] = []
     for name in (*NETWORKS, *IN_HALF):
         net = make(name)
         steps_of = compiled(net)
@@ -51,19 +60,19 @@ def of_planned_networks() -> list[Kernel]:
             for bound in planned.programs[0].prepared.kernels:
                 steps = getattr(bound.run, "__self__", None)
                 assert isinstance(steps, Steps), f"{name}: a kernel that is not CUDA's"
-                found.update(dict.fromkeys(steps.kernels))
-    return list(found)
+                found += [step for step in steps.steps if isinstance(step, Call)]
+    return found
 
 
-def of_attention() -> list[Kernel]:
+def of_attention() -> list[Call]:
     """Of attention: those for tensor cores take the compiler half a second each, so a few of every kind."""
     few: list[tuple[str, int, dict[str, Any]]] = [
         ("float16", 64, {"causal": True}), ("bfloat16", 128, {"causal": False}), ("float32", 64, {"tf32": True}),
         ("float16", 24, {"p": 0.1}), ("bfloat16", 128, {"p": 0.1}), ("float32", 64, {"p": 0.1, "causal": False}),
         ("float32", 128, {"p": 0.1}),
     ]  # fmt: skip
-    found = kernels_of(composite_works(attention_calls()))
-    return found + [call.kernel for dtype, numbers, how in few for call in launches(dtype, numbers, **how)]
+    found = calls_of(composite_works(attention_calls()))
+    return found + [call for dtype, numbers, how in few for call in launches(dtype, numbers, **how)]
 
 
 def wide_losses() -> list[Work]:
@@ -77,22 +86,27 @@ def wide_losses() -> list[Work]:
     return found
 
 
-def by_origin() -> dict[str, list[Kernel]]:
-    """Kernels by what needs them, each under the first that does."""
-    groups = {
-        "table of ops": kernels_of([work for one in recorded() if (work := one.work()) is not None]),
-        "composites": kernels_of(composite_works(composite_calls())),
+def calls_by_origin() -> dict[str, list[Call]]:
+    """Launches by what needs them."""
+    return {
+        "table of ops": calls_of([work for one in recorded() if (work := one.work()) is not None]),
+        "composites": calls_of(composite_works(composite_calls())),
         "attention": of_attention(),
-        "fused norms": kernels_of(composite_works([one for name in NAMES for one in cases(name)[::9]])),
-        "many arrays together": kernels_of(composite_works(list(together_calls().values()))),
-        "losses of many classes": kernels_of(wide_losses()),
+        "fused norms": calls_of(composite_works([one for name in NAMES for one in cases(name)[::9]])),
+        "losses of many classes": calls_of(wide_losses()),
+        "many arrays at once": calls_of(composite_works(list(together_calls().values()))),
         "planned networks": of_planned_networks(),
-        "random formulas": kernels_of([work_for(*random_formula(np.random.default_rng(seed))) for seed in range(10)]),
+        "random formulas": calls_of([work_for(*random_formula(np.random.default_rng(seed))) for seed in range(10)]),
     }
+
+
+def by_origin(calls: dict[str, list[Call]] | None = None) -> dict[str, list[Kernel]]:
+    """Kernels of these launches by what needs them, each under the first that does."""
+    groups: dict[str, list[Kernel]] = {}
     seen: set[Kernel] = set()
-    for name, kernels in groups.items():
-        groups[name] = [kernel for kernel in dict.fromkeys(kernels) if kernel not in seen]
-        seen.update(kernels)
+    for name, launched in (calls_by_origin() if calls is None else calls).items():
+        groups[name] = [kernel for kernel in dict.fromkeys(call.kernel for call in launched) if kernel not in seen]
+        seen.update(groups[name])
     return groups
 
 
@@ -122,7 +136,7 @@ def most_registers(kernel: Kernel) -> int:
     bounds = re.search(r"__launch_bounds__\((\d+), (\d+)\)", kernel.source)
     if bounds is None:
         return MAX_REGISTERS
-    return min(255, 65536 // (int(bounds[1]) * int(bounds[2])) // 8 * 8)
+    return min(255, REGISTERS_OF_BLOCK // (int(bounds[1]) * int(bounds[2])) // 8 * 8)
 
 
 def main() -> int:

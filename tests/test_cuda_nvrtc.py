@@ -14,7 +14,14 @@ from brim_cuda.launch import named_kernel, pointer
 from brim_cuda.nvrtc import NvrtcError, compile_cubin, compile_ptx, find_nvrtc, nvrtc_version
 from brim_cuda.registry import KERNELS, work_of
 from brim_cuda.source import translation_unit
-from cuda_kernels import MAX_REGISTERS, Compilation, by_origin, most_registers
+from cuda_kernels import (
+    MAX_REGISTERS,
+    REGISTERS_OF_BLOCK,
+    Compilation,
+    by_origin,
+    calls_by_origin,
+    most_registers,
+)
 from emulating import kernels_of, recorded
 from test_cuda_attention import attention_calls
 from test_cuda_attention_dropout import dropout_calls
@@ -27,7 +34,8 @@ MAX_SPILL_BYTES = 16
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_every_kernel_compiles(arch: str) -> None:
-    kernels = [kernel for group in by_origin().values() for kernel in group]
+    launched = calls_by_origin()
+    kernels = [kernel for group in by_origin(launched).values() for kernel in group]
     calls = (*recorded(), *composite_calls(), *attention_calls(), *dropout_calls())
     called = {one.op.name for one in calls if one.work() is not None}
     assert called >= set(KERNELS) - set(TESTED_ELSEWHERE)
@@ -38,6 +46,14 @@ def test_every_kernel_compiles(arch: str) -> None:
     ceilings = {kernel.name: most_registers(kernel) for kernel in kernels}
     assert sorted(made.names) == sorted(ceilings)
     assert not [name for name, used in zip(made.names, made.registers, strict=True) if used > ceilings[name]]
+    used = dict(zip(made.names, made.registers, strict=True))
+    for call in (call for group in launched.values() for call in group):
+        # Registers are given to warps, eight to each thread at a time.
+        together = -(-used[call.kernel.name] // 8) * 8 * -(-call.threads // 32) * 32
+        assert together <= REGISTERS_OF_BLOCK, f"{call.kernel.name}: {together} registers for {call.threads} threads"
+        stated = re.search(r"__launch_bounds__\((\d+)", call.kernel.source)
+        assert stated is None or call.threads <= int(stated[1]), f"{call.kernel.name}: {call.threads} threads"
+        assert stated is not None or call.threads <= 256, f"{call.kernel.name} states no launch bounds"
     of_attention = {f"attention{part}{kind}" for part in ("", "_grad_queries", "_grad_keys") for kind in ("", "_mma")}
     assert {name.rpartition("_")[0] for name, most in ceilings.items() if most > MAX_REGISTERS} == of_attention
     assert max(made.spill_bytes) <= MAX_SPILL_BYTES

@@ -13,16 +13,12 @@ from brim_cuda import cublaslt, dnn_open
 from brim_cuda.cubins import compile_many, units
 from brim_cuda.dnn import Cudnn
 from brim_cuda.gemm_run import GemmRunner
-from brim_cuda.launch import Kernel
+from brim_cuda.launch import Kernel, check_launch
 from brim_cuda.lowlevel import OUT_OF_MEMORY, LowLevelError
 from brim_cuda.nvrtc import NvrtcError, nvrtc_version, supported_archs
 from brim_cuda.source import translation_unit
 
 __all__ = ["CupyLoader"]
-
-_SHARED_BYTES_MAX = 48 << 10  # more has to be asked for kernel by kernel, and not every GPU has it
-_THREADS_MAX = 1024
-_BLOCKS_MAX = (2**31 - 1, 65535, 65535)
 
 _REFUSED_CODE = (200, 209, 218, 221, 222, 223)
 """CUDA_ERROR_INVALID_IMAGE, NO_BINARY_FOR_GPU, INVALID_PTX, JIT_COMPILER_NOT_FOUND, UNSUPPORTED_PTX_VERSION and
@@ -96,12 +92,7 @@ class CupyLoader:
         shared_bytes: int,
         packed: Sequence[Any],
     ) -> None:
-        too_many = any(number > limit for number, limit in zip(blocks, _BLOCKS_MAX))
-        if too_many or threads > _THREADS_MAX or shared_bytes > _SHARED_BYTES_MAX:
-            raise ValueError(
-                f"kernel {name} asks for {blocks} blocks of {threads} threads with {shared_bytes} bytes of shared "
-                f"memory; GPUs take {_BLOCKS_MAX}, {_THREADS_MAX} and {_SHARED_BYTES_MAX} at most: fix its binder"
-            )
+        check_launch(name, blocks, threads, shared_bytes)
         try:
             # CuPy passes NumPy scalars by their own size, and an array of one element (a struct) by value.
             function(blocks, (threads,), packed, shared_mem=shared_bytes)

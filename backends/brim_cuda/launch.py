@@ -23,7 +23,10 @@ from brim_cuda.gemm_run import GemmRunner
 
 __all__ = [
     "BLOCK",
+    "BLOCKS_MAX",
     "C_TYPES",
+    "SHARED_BYTES_MAX",
+    "THREADS_MAX",
     "Call",
     "DnnCall",
     "Entry",
@@ -37,6 +40,7 @@ __all__ = [
     "Scratch",
     "Table",
     "blocks_for",
+    "check_launch",
     "index_dtype",
     "named_kernel",
     "pack",
@@ -46,6 +50,11 @@ __all__ = [
 
 BLOCK = 256
 """Threads of a block, unless a kernel wants another number."""
+
+SHARED_BYTES_MAX = 48 << 10  # more has to be asked for kernel by kernel, and not every GPU has it
+THREADS_MAX = 1024
+BLOCKS_MAX = (2**31 - 1, 65535, 65535)
+"""What every GPU launches: dynamic shared memory of a block, its threads, blocks along x, y and z."""
 
 C_TYPES: dict[np.dtype[Any], str] = {
     DTYPES["bool"]: "bool",
@@ -174,6 +183,16 @@ class Table:
     entries: tuple[Entry, ...]
 
 
+def check_launch(name: str, blocks: tuple[int, ...], threads: int, shared_bytes: int) -> None:
+    """Raises ValueError for a launch that a GPU would refuse, whether there is one or not."""
+    fits = all(0 < number <= limit for number, limit in zip(blocks, BLOCKS_MAX))
+    if not fits or not 0 < threads <= THREADS_MAX or shared_bytes > SHARED_BYTES_MAX:
+        raise ValueError(
+            f"kernel {name} asks for {blocks} blocks of {threads} threads with {shared_bytes} bytes of shared "
+            f"memory; GPUs take 1 to {BLOCKS_MAX}, {THREADS_MAX} and {SHARED_BYTES_MAX} at most: fix its binder"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One launch of a kernel.
@@ -193,6 +212,9 @@ class Call:
     threads: int = BLOCK
     shared_bytes: int = 0
     only_if_apart: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_launch(self.kernel.name, self.blocks, self.threads, self.shared_bytes)
 
 
 @dataclass(frozen=True, slots=True)

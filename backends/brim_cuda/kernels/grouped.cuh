@@ -1,7 +1,8 @@
 // Convolutions of small groups of channels (depthwise ones above all), and their gradients, without products.
 //
 // Images of any strides. A block has `lanes` threads side by side, for V neighbouring channels each where channels lie
-// side by side, for neighbouring pixels otherwise. Every sum is added up in one order, whatever the grid.
+// side by side, for neighbouring pixels otherwise; blocks along x take further ones, since only there a grid may be long.
+// Every sum is added up in one order, whatever the grid.
 
 BRIM_FN float fused_add(float x, float y, float sum) { return fmaf(x, y, sum); }
 BRIM_FN double fused_add(double x, double y, double sum) { return ::fma(x, y, sum); }
@@ -88,7 +89,7 @@ BRIM_FN void grouped(
     DYN_SHARED(A, filters);
     const bool aligned = V > 1 && is_aligned<T, V>(x), writes_aligned = V > 1 && is_aligned<T, V>(y);
     const int lane = (int)threadIdx.x % lanes, slot = (int)threadIdx.x / lanes, slots = (int)blockDim.x / lanes;
-    const I strips = (height + R - 1) / R, first = (I)blockIdx.y * lanes * V;
+    const I strips = (height + R - 1) / R, first = (I)blockIdx.x * lanes * V;
     if (LAST) {
         const int own = lanes * V, all = (int)group.in * WINDOW * own;
         for (int at = (int)threadIdx.x; at < all; at += (int)blockDim.x) {
@@ -99,9 +100,9 @@ BRIM_FN void grouped(
         __syncthreads();
     }
     const I steps = LAST ? images * strips * width : images * channels;
-    const I own = LAST ? first + lane * V : (I)blockIdx.y * lanes + lane;
+    const I own = LAST ? first + lane * V : (I)blockIdx.x * lanes + lane;
     if (own >= (LAST ? channels : strips * width)) return;
-    for (I at = (I)blockIdx.x * slots + slot; at < steps; at += (I)gridDim.x * slots) {
+    for (I at = (I)blockIdx.y * slots + slot; at < steps; at += (I)gridDim.y * slots) {
         const I position = LAST ? at : own, column = position % width, line = position / width;
         const I n = LAST ? line / strips : at / channels, strip = LAST ? line - n * strips : line;
         const I d = LAST ? own : at - n * channels;
@@ -142,10 +143,10 @@ BRIM_FN void grouped_weight(
     DYN_SHARED(A, shared);
     const bool aligned = V > 1 && is_aligned<T, V>(x), g_aligned = V > 1 && is_aligned<T, V>(g);
     const int lane = (int)threadIdx.x % lanes, slot = (int)threadIdx.x / lanes, slots = (int)blockDim.x / lanes;
-    const I pair = ((I)blockIdx.y * lanes + lane) * V, own = pair < pairs ? pair : I(0);
+    const I pair = ((I)blockIdx.x * lanes + lane) * V, own = pair < pairs ? pair : I(0);
     const I o = own / group.in, c = o / group.out * group.in + (own - o * group.in);
     const int top_row = (int)blockIdx.z * AH;
-    const I begin = (I)blockIdx.x * chunk, stop = begin + chunk < count ? begin + chunk : count;
+    const I begin = (I)blockIdx.y * chunk, stop = begin + chunk < count ? begin + chunk : count;
     A total[AH * KW][V] = {};
     for (I at = begin + slot; pair < pairs && at < stop; at += slots) {
         const Place<I> place = place_of(at, (I)1, win.out);
@@ -176,7 +177,7 @@ BRIM_FN void grouped_weight(
                 __syncthreads();
             }
             if (slot == 0 && pair < pairs)
-                parts[((I)blockIdx.x * pairs + pair + v) * (KH * KW) + top_row * KW + e] = shared[threadIdx.x];
+                parts[((I)blockIdx.y * pairs + pair + v) * (KH * KW) + top_row * KW + e] = shared[threadIdx.x];
             __syncthreads();
         }
 }

@@ -167,7 +167,7 @@ def by_groups(
         common.lanes(lanes),
     ]
     template = (*kernel, step, spread, strip, piece, mode, last)
-    return Work([_call("grouped", template, operands, (along, tiles), shared)], contiguous=(False, True))
+    return Work([_call("grouped", template, operands, (tiles, along), shared)], contiguous=(False, True))
 
 
 def _gradient_of_weight(g: Spec, x: Spec, out: Spec, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Work:
@@ -196,7 +196,7 @@ def _gradient_of_weight(g: Spec, x: Spec, out: Spec, stride: Pair, padding: Pair
         *common.rest,
         common.lanes(lanes),
     ]
-    grid = (pieces, tiles, kernel[0] // rows)
+    grid = (tiles, pieces, kernel[0] // rows)
     first = _call("grouped_weight", (*kernel, rows, piece), operands, grid, BLOCK * compute.itemsize)
     operands = [
         (pointer("parts", compute, const=True), Scratch(0)),
