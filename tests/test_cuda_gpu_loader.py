@@ -424,6 +424,34 @@ def test_of_kernels_loaded_together_the_one_at_fault_is_named(cupy: StandIn, com
     assert len(cupy.launches) == 3
 
 
+# ---- cuDNN -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_never_gets_the_cudnn_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handle belongs to its device; only what is planned for a device that was not started may ask another's."""
+    place = SimpleNamespace(index=0)
+    driver = SimpleNamespace(CUDADriverError=DriverError, get_build_version=lambda: 12090)
+    runtime = SimpleNamespace(CUDARuntimeError=RuntimeFailure, getDevice=lambda: place.index)
+    memory = SimpleNamespace(OutOfMemoryError=PoolFailure)
+    loader = CupyLoader(SimpleNamespace(cuda=SimpleNamespace(driver=driver, runtime=runtime, memory=memory)))
+    first, third = object(), object()
+    found = {0: (first, "9"), 1: (None, "not used"), 2: (third, "9")}
+    monkeypatch.setattr(gpu.dnn_open, "open_for_device", lambda major: found[place.index])
+    assert loader.dnn() is None
+    for place.index in (0, 1):
+        loader.open_dnn()
+    given = []
+    for place.index in (0, 1, 2):
+        given.append(loader.dnn())
+    assert given == [first, None, first], "device 2 was not started: plans for it are the first one's"
+    loader.open_dnn()
+    assert loader.dnn() is third
+    loader.close_dnn()
+    assert loader.dnn() is None
+    place.index = 0
+    assert loader.dnn() is first
+
+
 # ---- the real CuPy ---------------------------------------------------------------------------------------------------
 
 

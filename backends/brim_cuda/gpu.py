@@ -38,6 +38,7 @@ class CupyLoader:
         self._lock = threading.Lock()
         self._gemms: dict[int, GemmRunner] = {}
         self._dnns: dict[int, Cudnn] = {}
+        self._asked: set[int] = set()  # devices on which cuDNN was looked for
 
     @cached_property
     def _cupy(self) -> Any:
@@ -120,6 +121,7 @@ class CupyLoader:
     def open_dnn(self) -> str:
         """cuDNN with a handle for the current device, if it is wanted and there."""
         build = int(self._cupy.cuda.driver.get_build_version())
+        self._asked.add(self.device())
         library, status = dnn_open.open_for_device(build // 1000 or None)
         if library is not None:
             self._dnns[self.device()] = library
@@ -131,9 +133,10 @@ class CupyLoader:
 
     def dnn(self) -> Cudnn | None:
         """Of the current device if that was started, else of another: plans are made before a device is chosen."""
-        if len(self._dnns) < 2:
-            return next(iter(self._dnns.values()), None)
-        return self._dnns.get(self.device()) or next(iter(self._dnns.values()))
+        if not self._dnns:
+            return None
+        device = self.device()
+        return self._dnns.get(device) if device in self._asked else next(iter(self._dnns.values()))
 
     def stream(self) -> int:
         """CuPy's current stream."""
