@@ -293,8 +293,9 @@ class _Launches:
         before, inside, operands = text.chosen(functions, vectors) if functions else ("", "", [])
         operands = [*operands, *rest, *deal]
         names = ", ".join([*(param.name for param, _ in (*rest, *deal)), *(["wide"] if wide else [])])
+        bounds = f"{BLOCK}, 4" if pieces > 1 else str(BLOCK)  # else the compiler spills to come down to 32 registers
         source = f"""{before}
-extern "C" __global__ void __launch_bounds__({BLOCK}) NAME(PARAMS) {{
+extern "C" __global__ void __launch_bounds__({bounds}) NAME(PARAMS) {{
     {inside}
     {function}({given}{names});
 }}
