@@ -26,6 +26,7 @@ from emulating import kernels_of, recorded
 from test_cuda_attention import attention_calls
 from test_cuda_attention_dropout import dropout_calls
 from test_cuda_composites import composite_calls
+from test_cuda_together import calls as together_calls
 
 needs_nvrtc = pytest.mark.skipif(find_nvrtc() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc-cu12")
 MAX_SPILL_BYTES = 16
@@ -36,7 +37,8 @@ MAX_SPILL_BYTES = 16
 def test_every_kernel_compiles(arch: str) -> None:
     launched = calls_by_origin()
     kernels = [kernel for group in by_origin(launched).values() for kernel in group]
-    calls = (*recorded(), *composite_calls(), *attention_calls(), *dropout_calls())
+    together = together_calls().values()
+    calls = (*recorded(), *composite_calls(), *attention_calls(), *dropout_calls(), *together)
     called = {one.op.name for one in calls if one.work() is not None}
     assert called >= set(KERNELS) - set(TESTED_ELSEWHERE)
     made = Compilation(kernels, arch)
