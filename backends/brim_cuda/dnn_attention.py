@@ -21,6 +21,11 @@ _F32 = DTYPES["float32"]
 _NUMBERS = 8
 """Rows of q, k and v have a multiple of this many numbers, 16 bytes, and so have the ways from row to row."""
 
+_GRADIENT_ROWS = 128
+"""The gradient is asked for multiples of so many rows of q and of k: in a last tile that is not full, the library's
+kernels for compute capability 9.0 take zeros as scores, and e^(0 - logarithm) is infinite where all scores of a query
+are below -88, so that gradients are NaN. Source: cudnn-frontend, issue 1072, pull request 628; up to cuDNN 9.30."""
+
 ATTENTIONS = frozenset(("attention", "attention_grad"))
 
 Asked = tuple["AttentionRequest | AttentionGradRequest", tuple[Place, ...], tuple[bool, ...]]
@@ -101,10 +106,10 @@ def attention_request(
     """The request for an op of ATTENTIONS, where its tensors are, and which inputs must be copied to row-major order.
 
     None for what is left to brim's kernels: float32, more than two leading axes, rows of numbers that are no multiple
-    of 8, empty arrays.
+    of 8, empty arrays; a scale that turns the order of scores round; gradients of tiles that are not full.
     """
     specs = [*ins, *outs]
-    if any(not isinstance(spec, Spec) or spec.size == 0 for spec in specs):
+    if any(not isinstance(spec, Spec) or spec.size == 0 for spec in specs) or scale <= 0.0:
         return None
     if name == "attention":
         numbers: tuple[int, ...] = (0, 1, 2, 3)
@@ -120,6 +125,8 @@ def attention_request(
     if any(not 2 <= spec.ndim <= 4 or spec.shape[-1] % _NUMBERS for spec in halves):
         return None
     if any(spec.shape[:-2] != halves[0].shape[:-2] for spec in halves) or logs.shape != halves[0].shape[:-1]:
+        return None
+    if name == "attention_grad" and any(spec.shape[-2] % _GRADIENT_ROWS for spec in halves[:2]):
         return None
     copied = [False] * len(ins)
     tensors: list[DnnTensor] = []
