@@ -63,7 +63,7 @@ PRECISIONS = {
     "tf32": ("float32", True),
     "fp32": ("float32", False),
 }
-ATTENTIONS = ((2, 8, 1024, 64), (2, 4, 100, 128), (3, 50, 64))
+ATTENTIONS = ((2, 8, 1024, 64), (2, 4, 384, 128), (3, 128, 64))
 
 
 def why_not() -> str:
