@@ -107,3 +107,23 @@ def test_a_residual_network_stores_no_activation_twice() -> None:
     assert found["batch_norm_fused"] == found["batch_norm_grad_fused"] == 17, "all but one of each pair that is added"
     assert found["relu"] == 0
     assert traffic.by_phase()["update"].launches <= 7
+
+
+def test_weights_are_cast_together() -> None:
+    with brim.meta():
+        model = resnet18(classes=10)
+        optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(x: Any, y: Any) -> Any:
+        with brim.autocast("bfloat16"):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    program, _ = planned(step, brim.spec((64, 3, 224, 224)), brim.spec((64,), "int64"))
+    assert counts(program)["conv2d"] == 20
+    assert counts(program)["astype"] <= 3, "each of 21 weights had one"
+    halves = [out for i in program.instructions if i.op.name == "fused_many" for out in i.outs]
+    assert sum(out.spec.dtype.name == "bfloat16" for out in halves) >= 19

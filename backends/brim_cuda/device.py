@@ -126,6 +126,9 @@ class CudaBackend:
     joins_arrays_of = 64 << 20
     """Longer ones keep the GPU busy by themselves (``kernels.many.ELEMENTS_MAX`` elements of four bytes)."""
 
+    joins_early = True
+    """Autocast's casts of weights are few launches."""
+
     def __init__(self, machine: Machine, kind: str = "cuda") -> None:
         self.machine, self.kind = machine, kind
         self._profile: tuple[Dnn | None, str] | None = None

@@ -167,7 +167,9 @@ class Backend(Protocol):
       ``cross_entropy_powers_grad``, which save the gradient of a loss its powers.
     - ``joins_side_by_side``: how many bytes may be kept alive longer for the sake of fewer launches, where independent
       elementwise groups of one formula are to run as one ``fused_many``; ``joins_arrays_of``: how many bytes each of
-      their arrays may have, 1 MiB without it; ``joins_updates``: how many where they update a state, if that is more.
+      their arrays may have, 1 MiB without it; ``joins_updates``: how many where they update a state, if that is more;
+      ``joins_early``: True, beside ``joins_arrays_of``, where casts of weights are to be made together, before they are
+      needed.
 
     How a planned step runs:
 

@@ -10,6 +10,7 @@ from brim.program.ir import HostScalar, Instruction, Program, Ref
 from brim.program.passes.common import common
 from brim.program.passes.copies import copies
 from brim.program.passes.dead_code import dead_code
+from brim.program.passes.early_casts import early_casts
 from brim.program.passes.epilogue import epilogue
 from brim.program.passes.fold_norm import fold_norm
 from brim.program.passes.fuse import fuse
@@ -100,7 +101,7 @@ def _joining(
     peak: Callable[[Program], int] | None,
     scratch_bytes: Callable[[Instruction], int] | None,
 ) -> list[Callable[[Program], Program]]:
-    """The pass that joins small instructions, twice, if each one costs a launch on this backend."""
+    """The passes that join small instructions, if each one costs a launch on this backend."""
     keeps_bytes: int = getattr(backend, "joins_side_by_side", 0)
     if not keeps_bytes:
         return []
@@ -113,4 +114,16 @@ def _joining(
         array_bytes=getattr(backend, "joins_arrays_of", ARRAY_BYTES_MAX),
         update_bytes=getattr(backend, "joins_updates", ARRAY_BYTES_MAX),
     )
-    return [update_wrapper(joined, side_by_side)] * 2  # again: what updates read may join once they have
+    found: list[Callable[[Program], Program]] = []
+    found += [update_wrapper(joined, side_by_side)] * 2  # again: what updates read may join once they have
+    if getattr(backend, "joins_early", False):
+        early = partial(
+            early_casts,
+            keeps_bytes=keeps_bytes,
+            alignment_bytes=backend.alignment_bytes,
+            scratch_bytes=scratch_bytes,
+            peak=peak,
+            array_bytes=backend.joins_arrays_of,
+        )
+        found.append(update_wrapper(early, early_casts))
+    return found

@@ -21,7 +21,7 @@ from brim.program.passes.liveness import live_bytes, stored_values
 from brim.program.passes.schedule import Order
 from brim.spec import Spec
 
-__all__ = ["ARRAY_BYTES_MAX", "side_by_side"]
+__all__ = ["ARRAY_BYTES_MAX", "Keys", "is_small", "joined", "side_by_side"]
 
 ARRAY_BYTES_MAX = 2**20
 """Larger arrays stay by themselves: moving them takes longer than a launch."""
@@ -100,11 +100,11 @@ class _Search:
         self.after = Order(program).after()
         self.at_home = {value for value, _ in stored_values(program)}
         self.candidates: list[tuple[Any, _Member]] = []
-        keys = _Keys()
+        keys = Keys()
         for n, instruction in enumerate(program.instructions):
             is_update = all(out in self.at_home for out in instruction.outs)
             largest_bytes = update_bytes if is_update else array_bytes
-            if not _is_small(instruction, largest_bytes) or not is_fusible(instruction):
+            if not is_small(instruction, largest_bytes) or not is_fusible(instruction):
                 continue
             group = group_of(instruction)
             if (key := keys.of(group)) is not None:
@@ -167,7 +167,7 @@ class _Search:
             last = group[-1].number
             stores = sorted(n for one in group for n in one.stores if n < last)
             moved.update(stores, (one.number for one in group))
-            at[last] = [_joined([one.group for one in group], [instructions[one.number] for one in group])]
+            at[last] = [joined([one.group for one in group], [instructions[one.number] for one in group])]
             at[last] += [instructions[n] for n in stores]
         made: list[Instruction] = []
         for n, instruction in enumerate(instructions):
@@ -175,7 +175,7 @@ class _Search:
         return self.program.with_instructions(made)
 
 
-def _is_small(instruction: Instruction, largest_bytes: int) -> bool:
+def is_small(instruction: Instruction, largest_bytes: int) -> bool:
     """True when its outputs are row-major and small, and its inputs are laid out as they are, or have one element."""
     outs = instruction.outs
     if not outs or not all(out.spec.contiguous and 0 < out.nbytes <= largest_bytes for out in outs):
@@ -183,7 +183,7 @@ def _is_small(instruction: Instruction, largest_bytes: int) -> bool:
     return all(ref.spec.contiguous and ref.spec.size in (1, outs[0].spec.size) for ref in instruction.refs)
 
 
-class _Keys:
+class Keys:
     """What is equal for instructions that may be joined; two formulas are one if their texts are."""
 
     def __init__(self) -> None:
@@ -206,7 +206,7 @@ class _Keys:
         return text, tuple(operands), tuple(out.spec.dtype for out in group.outs)
 
 
-def _joined(groups: Sequence[Group], instructions: Sequence[Instruction]) -> Instruction:
+def joined(groups: Sequence[Group], instructions: Sequence[Instruction]) -> Instruction:
     """One instruction for all groups: what all of them read alike comes first, once."""
     width = len(groups[0].ins)
     size = groups[0].outs[0].spec.size
