@@ -24,7 +24,7 @@ from brim_cuda.dnn_open import wanted as dnn_wanted
 from brim_cuda.gemm_epilogue import joins_epilogue
 from brim_cuda.gemm_run import Multiply, Zero
 from brim_cuda.graphs import SHORTEST, Graph, Graphed, wanted
-from brim_cuda.kernels import loss, norm
+from brim_cuda.kernels import conv, loss, norm
 from brim_cuda.launch import Loader
 from brim_cuda.measuring import Measuring
 
@@ -196,15 +196,16 @@ class CudaBackend:
     def joins_epilogue(
         self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]
     ) -> bool:
-        """Whether a product and the elementwise group after it are one call of cuBLASLt, or of cuDNN."""
+        """Whether a product or convolution with the elementwise group after it is the same calls of a library."""
         dnn = self.dnn()
         if dnn is not None and op.name in CONVOLUTIONS:
-            # A later pass may lay the images anew: then there must be a plan, too, for there is no other kernel.
+            # A later pass may lay the images anew: then there must be a plan, too, for brim's kernel is slower.
             other = [x if n == 1 else turned(x) for n, x in enumerate(ins)]  # a weight stays
             found = [registry.dnn_work(dnn, op, ins, outs, params)]
             found += [registry.dnn_work(dnn, op, other, [turned(x) for x in outs], params)]
-            if None not in found:
-                return True
+            return None not in found
+        if op.name == "conv2d_epilogue":
+            return conv.joins_conv_epilogue(ins, outs, params)
         return joins_epilogue(op.name, ins, outs, params)
 
     def joins_norms(self, op: Op, ins: Sequence[Spec | Scalar], outs: Sequence[Spec], params: dict[str, Any]) -> bool:
