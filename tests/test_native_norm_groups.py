@@ -92,30 +92,46 @@ class Case:
         return Spec(spec.shape, spec.dtype, (c * h * w, 1, w * c, c))
 
     def calls(self) -> Iterator[Any]:
+        """What is joined with this norm."""
+        yield from (self._after() if self.name != "batch_norm_grad" else ())
+        yield from (self._before() if self.name != "batch_norm" else ())
+        yield from (self._rows() if self.rows else ())
+
+    def _after(self) -> Iterator[Any]:
         image = self.image
-        if self.name != "batch_norm_grad":
-            relu = lambda b, y, x: [b.call("max", [y, ("const", 0)], F32)]  # noqa: E731
-            sums = lambda b, y, x: [b.call("max", [b.call("add", [y, x[1]], F32), ("const", 0)], F32), y]  # noqa: E731
-            pick = lambda b, y, x: [b.call("gt", [y, x[0]], F32), b.call("mul", [y, x[2]], F32)]  # noqa: E731
-            thin = lambda b, y, x: [(s := b.call("add", [x[0], y], F32)), dropped(b, s, x[1], x[2])]  # noqa: E731
-            yield self.call(None, (relu, F32), [image()])
-            yield self.call(None, (sums, F32, F32), [image(), image()])
-            yield self.call(None, (pick, BOOL, F32), [image(), image(), 2.5])
-            if not self.order:
-                yield self.call(None, (thin, F32, F32), [image(), SEED, COUNTER])
-        if self.name != "batch_norm":
-            yield self.call((lambda b, x: [masked(b, x)],), None, [image(), image()])
-            add = lambda b, x: [(s := b.call("add", [x[0], masked(b, x[1:])], F32)), s]  # noqa: E731
-            yield self.call((add, F32), None, [image(), image(), image()])
-            if not self.order:
-                random = lambda b, x: [(s := b.call("add", [x[0], dropped(b, *x[1:])], F32)), s]  # noqa: E731
-                yield self.call((random, F32), None, [image(), image(), SEED, COUNTER])
+        relu = lambda b, y, x: [b.call("max", [y, ("const", 0)], F32)]  # noqa: E731
+        sums = lambda b, y, x: [b.call("max", [b.call("add", [y, x[1]], F32), ("const", 0)], F32)]  # noqa: E731
+        plus = lambda b, y, x: [b.call("add", [x[1], y], F32)]  # noqa: E731
+        yield self.call(None, (relu, F32), [image()])
+        yield self.call(None, (sums, F32), [image(), image()])
+        yield self.call(None, (plus, F32), [image(), image()])
+
+    def _before(self) -> Iterator[Any]:
+        if self.order:
+            return
+        image = self.image
+        added = lambda b, x: masked(b, [x[0], b.call("add", [x[1], x[2]], F32)])  # noqa: E731
+        yield self.call((lambda b, x: [masked(b, x)],), None, [image(), image()])
         if self.rows:
-            bias, places = self.array(self.shape[-1]), self.array(*self.shape[1:])
-            add = lambda b, x: [(s := b.call("add", [x[0], x[1]], F32)), b.call("mul", [s, x[2]], F32), s]  # noqa: E731
-            tanh = lambda b, y, x: [b.call("tanh", [b.call("mul", [y, x[1]], F32)], F32)]  # noqa: E731
-            yield self.call((add, F32, F32), (tanh, F32), [image(), bias, places])
-            yield self.call((add, F32, F32), (tanh, F32), [image(), places, 0.5])
+            yield self.call((lambda b, x: [masked(b, x)] * 2, F32), None, [image(), image()])
+            yield self.call((lambda b, x: [added(b, x)],), None, [image(), image(), image()])
+            yield self.call((lambda b, x: [added(b, x)] * 2, F32), None, [image(), image(), image()])
+
+    def _rows(self) -> Iterator[Any]:
+        image = self.image
+        both = lambda b, y, x: [b.call("max", [b.call("add", [y, x[1]], F32), ("const", 0)], F32), y]  # noqa: E731
+        pick = lambda b, y, x: [b.call("gt", [y, x[0]], F32), b.call("mul", [y, x[2]], F32)]  # noqa: E731
+        thin = lambda b, y, x: [(s := b.call("add", [x[0], y], F32)), dropped(b, s, x[1], x[2])]  # noqa: E731
+        random = lambda b, x: [(s := b.call("add", [x[0], dropped(b, *x[1:])], F32)), s]  # noqa: E731
+        yield self.call(None, (both, F32, F32), [image(), image()])
+        yield self.call(None, (pick, BOOL, F32), [image(), image(), 2.5])
+        yield self.call(None, (thin, F32, F32), [image(), SEED, COUNTER])
+        yield self.call((random, F32), None, [image(), image(), SEED, COUNTER])
+        bias, places = self.array(self.shape[-1]), self.array(*self.shape[1:])
+        add = lambda b, x: [(s := b.call("add", [x[0], x[1]], F32)), b.call("mul", [s, x[2]], F32), s]  # noqa: E731
+        tanh = lambda b, y, x: [b.call("tanh", [b.call("mul", [y, x[1]], F32)], F32)]  # noqa: E731
+        yield self.call((add, F32, F32), (tanh, F32), [image(), bias, places])
+        yield self.call((add, F32, F32), (tanh, F32), [image(), places, 0.5])
 
 
 def specs(operands: Sequence[Any]) -> list[Any]:
@@ -178,13 +194,14 @@ def same_bits(a: Sequence[Array], b: Sequence[Array]) -> bool:
     return all(np.array_equal(x, y, equal_nan=True) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
 
 
-JOINED = ("layer_norm", "layer_norm_grad")
 CASES = [
     (name, shape, order)
-    for name in JOINED
-    for shape in (ROWS if name.startswith("layer") else IMAGES)
+    for name in FUSED_NORMS
+    for shape in (
+        ROWS if name.startswith("layer") else IMAGES if name == "batch_norm" else [s for s in IMAGES if len(s) > 2]
+    )
     for order in ("", "channels last")
-    if not order or (name.startswith("batch") and len(shape) == 4)
+    if not order or (name == "batch_norm" and len(shape) == 4)
 ]
 
 
@@ -199,33 +216,30 @@ def test_the_bits_of_the_parts(name: str, shape: tuple[int, ...], order: str, sp
         assert same_bits(joined(call, 2), expected)
 
 
-@pytest.mark.parametrize("name", JOINED)
-def test_results_may_lie_over_operands_as_programs_place_them(name: str) -> None:
-    shape = (7, 1500) if name.startswith("layer") else (3, 12, 33, 9)
-    case = Case(name, shape)
-    image = case.image
-    own = len(case.own)
-    if name != "batch_norm_grad":
-        sums = lambda b, y, x: [b.call("max", [b.call("add", [y, x[1]], F32), ("const", 0)], F32), y]  # noqa: E731
-        for after in ((sums, F32, F32),):
-            call = case.call(None, after, [image(), image()])
+@pytest.mark.parametrize("name", FUSED_NORMS)
+@pytest.mark.parametrize("order", ["", "channels last"])
+def test_results_may_lie_over_operands_as_programs_place_them(name: str, order: str) -> None:
+    rows, gradient = name.startswith("layer"), name.endswith("_grad")
+    for shape in ((7, 1500),) if rows else ((3, 12, 33, 9), (3, 12, 5, 9), (2, 9, 40, 40)):
+        case = Case(name, shape, "" if rows else order)
+        own = len(case.own)
+        for call in case.calls():
+            group = norm_group(call[0], call[1], call[2], call[3])
+            others = [own + n for n, x in enumerate(group.others) if np.shape(x) == shape]
+            free = [0, *others] if gradient and not group.kept else others
+            if any(out.dtype != F32 for out in group.made):
+                continue
             expected = apart(call)
-            for over in ({0: own}, {0: own + 1}, {1: own + 1}, {0: own, 1: own + 1}, {1: own, 0: own + 1}):
-                assert same_bits(joined(call, 2, over), expected)
-    if name != "batch_norm":
-        call = case.call((lambda b, x: [masked(b, x)],), None, [image(), image()])
-        for which in (own, own + 1, *((0,) if name.endswith("grad") else ())):
-            assert same_bits(joined(call, 2, {0: which}), apart(call))
-        add = lambda b, x: [(s := b.call("add", [x[0], x[1]], F32)), s]  # noqa: E731
-        call = case.call((add, F32), None, [image(), image()])
-        for over in ({1: own}, {1: own + 1}, {0: own, 1: own + 1}):
-            assert same_bits(joined(call, 2, over), apart(call))
+            for which in free:
+                assert same_bits(joined(call, 2, {0: which}), expected)
+            if group.keeps_first is not None and name != "layer_norm":
+                for which in others:
+                    assert same_bits(joined(call, 2, {1: which}), expected)
 
 
-def test_large_results_that_are_written_past_the_caches() -> None:
-    for call in list(Case("layer_norm", (3000, 768)).calls())[:1]:
-        assert same_bits(joined(call), apart(call))
-    for call in list(Case("layer_norm_grad", (3000, 768)).calls())[:1]:
+@pytest.mark.parametrize("name", FUSED_NORMS)
+def test_large_results_that_are_written_past_the_caches(name: str) -> None:
+    for call in list(Case(name, (3000, 768) if name.startswith("layer") else (40, 16, 60, 60)).calls())[:1]:
         assert same_bits(joined(call), apart(call))
 
 
@@ -268,3 +282,42 @@ def test_what_has_no_kernel_stays_apart(why: str) -> None:
 def joins(call: Any) -> bool:
     name, ins, outs, params = call
     return CpuBackend().joins_norms(FUSED_NORMS[name.removesuffix("_fused")], specs(ins), outs, params)
+
+
+@pytest.mark.parametrize("why", ["broadcast", "strided", "min", "order", "negative zero", "two results", "before"])
+def test_other_forms_around_batch_norm_stay_apart(why: str) -> None:
+    case = Case("batch_norm", (3, 4, 5, 6))
+    shortcut, zero, fn, before = case.image(), 0.0, "max", None
+    if why == "broadcast":
+        shortcut = case.array(1, 4, 1, 1)
+    elif why == "strided":
+        shortcut = np.ascontiguousarray(shortcut.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
+    elif why == "negative zero":
+        zero = -0.0
+    elif why == "before":
+        before = (lambda b, x: [b.call("neg", [x[0]], F32)],)
+    fn = "min" if why == "min" else "max"
+
+    def build(b: FormulaBuilder, y: Any, x: Any) -> list[Any]:
+        args = [b.call("add", [y, x[1]], F32), ("const", zero)]
+        made = b.call(fn, args[::-1] if why == "order" else args, F32)
+        return [made, y] if why == "two results" else [made]
+
+    call = case.call(before, (build, *[F32] * (2 if why == "two results" else 1)), [case.image(), shortcut])
+    assert not joins(call)
+    assert joins(next(case.calls()))
+
+
+@pytest.mark.parametrize("why", ["less", "other value", "after", "stored", "large image"])
+def test_other_forms_around_the_gradient_of_batch_norm_stay_apart(why: str) -> None:
+    case = Case("batch_norm_grad", (2, 3, 70, 70) if why == "large image" else (3, 4, 5, 6))
+
+    def build(b: FormulaBuilder, x: Any) -> list[Any]:
+        asked = b.call("lt" if why == "less" else "gt", [x[0], ("const", 0)], F32)
+        made = b.call("where", [asked, x[1], ("const", 1.0 if why == "other value" else 0.0)], F32)
+        return [made] * (2 if why == "stored" else 1)
+
+    after = (lambda b, y, x: [b.call("neg", [y], F32)], F32) if why == "after" else None
+    stored = [F32] if why == "stored" else []
+    assert not joins(case.call((build, *stored), after, [case.image(), case.image()]))
+    assert joins(next(Case("batch_norm_grad", (3, 4, 5, 6)).calls()))

@@ -2,6 +2,7 @@
 //
 // A channel is gone over twice: once for its moments, once to write, the second time from the caches where it fits. Few
 // channels are cut into groups of images.
+#include "around_norm.hpp"
 #include "columns.hpp"
 #include "half.hpp"
 #include "team.hpp"
@@ -13,6 +14,7 @@ namespace {
 constexpr i64 kFewChannels = 8, kGathered = 2048, kPageBytes = 4096;
 constexpr i64 kAhead = 8;          // images whose short runs are asked for early
 constexpr i64 kSmallImage = 128;   // pixels
+constexpr i64 kLargestMade = 4096;  // pixels of an image whose gradient is computed, but not stored
 
 // How the work is cut, by shape alone.
 struct Cut {
@@ -44,6 +46,25 @@ const T* gather(T* block, const T* x, const Cut& cut, i64 c, i64 first, i64 imag
 }
 
 template <class T>
+const T* gather(T* block, Given<T> g, const Cut& cut, i64 c, i64 first, i64 images) {
+    return gather(block, g.at, cut, c, first, images);
+}
+
+// Of a gradient that is computed.
+const float* gather(float* block, const Masked& g, const Cut& cut, i64 c, i64 first, i64 images) {
+    const i64 step = cut.C * cut.S, ahead = images > 1 ? kAhead : 1;
+    for (i64 n = 0; n < images; n++) {
+        const i64 at = ((first + n) * cut.C + c) * cut.S;
+        if (cut.S * i64(sizeof(float)) <= kPageBytes) g.ask(at + ahead * step, cut.S);
+        const Masked from = g.from(at);
+        float* to = block + n * cut.S;
+        BRIM_INDEPENDENT
+        for (i64 i = 0; i < cut.S; i++) to[i] = from(i);
+    }
+    return block;
+}
+
+template <class T>
 Moments channel_moments(const T* x, const Cut& cut, i64 c, Range images) {
     T block[kGathered];
     Moments all = {0, 0};
@@ -56,31 +77,36 @@ Moments channel_moments(const T* x, const Cut& cut, i64 c, Range images) {
     return all;
 }
 
-template <class T>
-void write_channel(T* out, const T* x, const Cut& cut, i64 c, Range images, T mean, T scale, T bias, bool streamed) {
+template <class T, class After>
+void write_channel(T* out, const T* x, const Cut& cut, i64 c, Range images, T mean, T scale, T bias, bool streamed,
+                   const After& after) {
     for (i64 n = images.end - 1; n >= images.begin; n--) {  // what was read last is in the caches still
         const i64 at = (n * cut.C + c) * cut.S;
-        if (!streamed)
+        if (!streamed) {
             for (i64 k = 0; k < cut.S; k += 64 / i64(sizeof(T))) __builtin_prefetch(out + at - kAhead * cut.C * cut.S + k, 1);
+            after.ask(at - kAhead * cut.C * cut.S, cut.S);
+        }
         write_run(out + at, cut.S, streamed, [=](T* to, i64 begin, i64 count) {
             const T* from = x + at + begin;
+            const After then = after.from(at + begin);
+            if (streamed) then.ask(count, count);
             BRIM_INDEPENDENT
-            for (i64 i = 0; i < count; i++) to[i] = fma_(from[i] - mean, scale, bias);
+            for (i64 i = 0; i < count; i++) to[i] = then(fma_(from[i] - mean, scale, bias), i);
         });
     }
     if (streamed) stream_done();
 }
 
-template <class T>
+template <class T, class After = AsItIs>
 void batch_norm(T* out, T* means, T* vars, Moments* parts, const T* x, Values<T> weight, Values<T> bias, Cut cut,
-                T eps) {
+                T eps, After after = {}) {
     const bool streamed = is_streamed<T>(cut.N * cut.C * cut.S, cut.S);
     const auto finish = [=](i64 c, const Moments& all) {
         means[c] = T(all.mean), vars[c] = T(all.m2 / double(cut.N * cut.S));
     };
     const auto write = [=](i64 c, Range images) {
         const T scale = T(1) / std::sqrt(vars[c] + eps) * weight[c];
-        write_channel(out, x, cut, c, images, means[c], scale, bias[c], streamed);
+        write_channel(out, x, cut, c, images, means[c], scale, bias[c], streamed, after);
     };
     const i64 groups = cut.groups();
     if (groups == 1) {
@@ -110,9 +136,9 @@ struct Slopes {
     double level, slope;  // sums of g, and of g (x - mean)
 };
 
-template <class T>
-Slopes channel_slopes(const T* g, const T* x, const Cut& cut, i64 c, Range images, T mean) {
-    T block_g[kGathered], block_x[kGathered];
+template <class T, class Gradient>
+Slopes channel_slopes(const Gradient& g, const T* x, const Cut& cut, i64 c, Range images, T mean) {
+    T block_g[Gradient::kMade ? kLargestMade : kGathered], block_x[kGathered];
     Slopes all = {0, 0};
     const i64 step = cut.gathered();
     for (i64 n = images.begin; n < images.end; n += step) {
@@ -126,24 +152,25 @@ Slopes channel_slopes(const T* g, const T* x, const Cut& cut, i64 c, Range image
 }
 
 // out = scale (g - level / M - (x - mean) slope / (M (var + eps))), M numbers in the channel
-template <class T>
-void write_channel_grad(T* out, const T* g, const T* x, const Cut& cut, i64 c, Range images, T mean, T scale, T level,
+template <class T, class Gradient>
+void write_channel_grad(T* out, const Gradient& g, const T* x, const Cut& cut, i64 c, Range images, T mean, T scale, T level,
                         T slope, bool streamed) {
     for (i64 n = images.end - 1; n >= images.begin; n--) {  // what was read last is in the caches still
         const i64 at = (n * cut.C + c) * cut.S;
         if (!streamed)
             for (i64 k = 0; k < cut.S; k += 64 / i64(sizeof(T))) __builtin_prefetch(out + at - kAhead * cut.C * cut.S + k, 1);
         write_run(out + at, cut.S, streamed, [=](T* to, i64 begin, i64 count) {
-            const T *gradient = g + at + begin, *from = x + at + begin;
+            const T* from = x + at + begin;
+            const Gradient gradient = g.from(at + begin);
             BRIM_INDEPENDENT
-            for (i64 i = 0; i < count; i++) to[i] = (gradient[i] - fma_(from[i] - mean, slope, level)) * scale;
+            for (i64 i = 0; i < count; i++) to[i] = (gradient(i) - fma_(from[i] - mean, slope, level)) * scale;
         });
     }
     if (streamed) stream_done();
 }
 
-template <class T>
-void batch_norm_grad(T* out, T* of_weight, T* of_bias, Slopes* parts, const T* g, const T* x, Values<T> weight,
+template <class T, class Gradient>
+void batch_norm_grad(T* out, T* of_weight, T* of_bias, Slopes* parts, Gradient g, const T* x, Values<T> weight,
                      const T* means, const T* vars, Cut cut, T eps) {
     const bool streamed = is_streamed<T>(cut.N * cut.C * cut.S, cut.S);
     const double share = 1.0 / double(cut.N * cut.S);
@@ -221,8 +248,9 @@ void spread_out(T* values, const Cut& cut, Range columns, const F& value) {
     repeat(values, columns.end - columns.begin, Table{cut.N, cut.C * cut.S});
 }
 
-template <class T, class Stored>
-void tiled_norm(Stored* out, T* means, T* vars, const Stored* x, Values<T> weight, Values<T> bias, Tiles tiles, T eps) {
+template <class T, class Stored, class After = AsItIs>
+void tiled_norm(Stored* out, T* means, T* vars, const Stored* x, Values<T> weight, Values<T> bias, Tiles tiles, T eps,
+                After after = {}) {
     const Cut cut = tiles.cut;
     const Table table = tiles.table();
     const Range rows{0, cut.N};
@@ -273,15 +301,16 @@ void tiled_norm(Stored* out, T* means, T* vars, const Stored* x, Values<T> weigh
             write_rows(out, table, rows, columns, streamed, [=](Stored* to, i64 at, i64 column, i64 count) {
                 const Stored* from = x + at;
                 const T *m = mean + column, *s = scale + column, *b = shift + column;
+                const After then = after.from(at);
                 BRIM_INDEPENDENT
-                for (i64 j = 0; j < count; j++) to[j] = Stored(fma_(T(from[j]) - m[j], s[j], b[j]));
+                for (i64 j = 0; j < count; j++) to[j] = Stored(then(fma_(T(from[j]) - m[j], s[j], b[j]), j));
             });
         });
     });
 }
 
-template <class T, class Stored>
-void tiled_norm_grad(Stored* out, T* of_weight, T* of_bias, const Stored* g, const Stored* x, Values<T> weight,
+template <class T, class Stored, class Gradient>
+void tiled_norm_grad(Stored* out, T* of_weight, T* of_bias, Gradient g, const Stored* x, Values<T> weight,
                      const T* means, const T* vars, Tiles tiles, T eps) {
     const Cut cut = tiles.cut;
     const Table table = tiles.table();
@@ -296,13 +325,15 @@ void tiled_norm_grad(Stored* out, T* of_weight, T* of_bias, const Stored* g, con
             spread_out(centres, cut, columns, [=](i64 c) { return means[c]; });
             const T* mean = centres;
             add_rows<2, T>(totals, table, rows, columns, [=](T(&sums)[2][kTile], i64 at, i64 count) {
-                const Stored *gradient = g + at, *from = x + at;
-                prefetch(gradient, count * i64(sizeof(Stored)), table.columns * i64(sizeof(Stored)));
+                const Stored* from = x + at;
+                const Gradient given = g.from(at);
+                g.ask(at + table.columns, count);
                 prefetch(from, count * i64(sizeof(Stored)), table.columns * i64(sizeof(Stored)));
                 BRIM_INDEPENDENT
                 for (i64 j = 0; j < count; j++) {
-                    sums[0][j] += T(gradient[j]);
-                    sums[1][j] += T(gradient[j]) * (T(from[j]) - mean[j]);
+                    const T gradient = T(given(j));
+                    sums[0][j] += gradient;
+                    sums[1][j] += gradient * (T(from[j]) - mean[j]);
                 }
             });
             over_channels(cut, columns, [&](i64 c, i64 begin, i64 end) {
@@ -322,11 +353,12 @@ void tiled_norm_grad(Stored* out, T* of_weight, T* of_bias, const Stored* g, con
             });
             const T *mean = centres, *scale = scales, *all_level = level, *all_slope = slope;
             write_rows(out, table, rows, columns, streamed, [=](Stored* to, i64 at, i64 column, i64 count) {
-                const Stored *gradient = g + at, *from = x + at;
+                const Stored* from = x + at;
+                const Gradient gradient = g.from(at);
                 const T *m = mean + column, *s = scale + column, *l = all_level + column, *k = all_slope + column;
                 BRIM_INDEPENDENT
                 for (i64 j = 0; j < count; j++)
-                    to[j] = Stored((T(gradient[j]) - fma_(T(from[j]) - m[j], k[j], l[j])) * s[j]);
+                    to[j] = Stored((T(gradient(j)) - fma_(T(from[j]) - m[j], k[j], l[j])) * s[j]);
             });
         });
         // Last, because the gradient of the weight may lie where the weight does.
@@ -364,8 +396,8 @@ BRIM_EXPORT void brim_batch_norm_scratch(i64* out, i64 N, i64 C, i64 S) {
         const Values<T> scale{weight, T(weight_value)}; \
         const Cut cut{N, C, S}; \
         if (in_tiles<T>(cut)) \
-            return tiled_norm_grad<T, T>(out, of_weight, of_bias, g, x, scale, means, vars, {cut}, T(eps)); \
-        batch_norm_grad<T>(out, of_weight, of_bias, static_cast<Slopes*>(parts), g, x, scale, means, vars, cut, \
+            return tiled_norm_grad<T, T>(out, of_weight, of_bias, Given<T>{g}, x, scale, means, vars, {cut}, T(eps)); \
+        batch_norm_grad<T>(out, of_weight, of_bias, static_cast<Slopes*>(parts), Given<T>{g}, x, scale, means, vars, cut, \
             T(eps)); \
     }
 
@@ -378,7 +410,7 @@ BRIM_EXPORT void brim_batch_norm_scratch(i64* out, i64 N, i64 C, i64 S) {
     BRIM_EXPORT void brim_batch_norm_grad_##name(S* out, float* of_weight, float* of_bias, void*, const S* g, \
         const S* x, const float* weight, double weight_value, const float* means, const float* vars, i64 N, i64 C, \
         i64 pixels, double eps) { \
-        tiled_norm_grad<float, S>(out, of_weight, of_bias, g, x, {weight, float(weight_value)}, means, vars, {{N, C, \
+        tiled_norm_grad<float, S>(out, of_weight, of_bias, Given<S>{g}, x, {weight, float(weight_value)}, means, vars, {{N, C, \
             pixels}}, float(eps)); \
     }
 
@@ -386,3 +418,30 @@ BRIM_BATCH_NORM(float, f32)
 BRIM_BATCH_NORM(double, f64)
 BRIM_BATCH_NORM_HALF(Half<Float16>, f16)
 BRIM_BATCH_NORM_HALF(Half<BFloat16>, bf16)
+
+// With what is next to the norm (around_norm.hpp); images of at most kLargestMade pixels where a gradient is computed;
+// there g is the one that the ReLU was given, and `result` what it gave.
+BRIM_EXPORT void brim_batch_norm_fused_f32(const i64* words, float* out, float* means, float* vars, void* parts,
+                                           const float* x, const float* weight, double weight_value, const float* bias,
+                                           double bias_value, i64 N, i64 C, i64 S, double eps) {
+    const Values<float> scale{weight, float(weight_value)}, shift{bias, float(bias_value)};
+    const Cut cut{N, C, S};
+    with_followed(words, [=](auto after) {
+        if (in_tiles<float>(cut))
+            return tiled_norm<float, float>(out, means, vars, x, scale, shift, {cut}, float(eps), after);
+        batch_norm<float>(out, means, vars, static_cast<Moments*>(parts), x, scale, shift, cut, float(eps), after);
+    });
+}
+
+BRIM_EXPORT void brim_batch_norm_grad_fused_f32(float* out, float* of_weight, float* of_bias, void* parts,
+                                                const float* g, const float* result, const float* x,
+                                                const float* weight, double weight_value, const float* means,
+                                                const float* vars, i64 N, i64 C, i64 S, double eps) {
+    const Values<float> scale{weight, float(weight_value)};
+    const Cut cut{N, C, S};
+    const Masked made{g, result};
+    if (in_tiles<float>(cut))
+        return tiled_norm_grad<float, float>(out, of_weight, of_bias, made, x, scale, means, vars, {cut}, float(eps));
+    batch_norm_grad<float>(out, of_weight, of_bias, static_cast<Slopes*>(parts), made, x, scale, means, vars, cut,
+                           float(eps));
+}

@@ -83,6 +83,9 @@ const Signature signatures[] = {
     {"pppppppdppiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, d>},
     {"ppppppppdpdiid", caller<p, p, p, p, p, p, p, p, d, p, d, i, i, d>},
     {"pppppppppdppiid", caller<p, p, p, p, p, p, p, p, p, d, p, p, i, i, d>},
+    {"pppppppdpdiid", caller<p, p, p, p, p, p, p, d, p, d, i, i, d>},
+    {"pppppppdpdiiid", caller<p, p, p, p, p, p, p, d, p, d, i, i, i, d>},
+    {"ppppppppdppiiid", caller<p, p, p, p, p, p, p, p, d, p, p, i, i, i, d>},
     {"pppppppdppiiid", caller<p, p, p, p, p, p, p, d, p, p, i, i, i, d>},
 };
 

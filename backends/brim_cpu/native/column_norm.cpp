@@ -1,6 +1,7 @@
 // Batch norm and its gradients over rows of channels side by side: (N, C) row-major and channels-last images.
 //
 // Rows are cut into pieces that the caches hold; the moments of the pieces are joined in order.
+#include "around_norm.hpp"
 #include "columns.hpp"
 #include "half.hpp"
 #include "team.hpp"
@@ -44,9 +45,9 @@ void over_pieces(const Table& table, const F& body) {
     });
 }
 
-template <class T, class Stored>
+template <class T, class Stored, class After = AsItIs>
 void column_norm(Stored* out, T* means, T* vars, Moments* parts, const Stored* x, Values<T> weight, Values<T> bias,
-                 Table table, T eps) {
+                 Table table, T eps, After after = {}) {
     const bool streamed = is_streamed<Stored>(table.rows * table.columns, table.columns);
     over_pieces(table, [=](Range rows, Range columns, i64 piece) {
         piece_moments<T>(parts + piece * table.columns, x, table, rows, columns);
@@ -71,8 +72,9 @@ void column_norm(Stored* out, T* means, T* vars, Moments* parts, const Stored* x
         write_rows(out, table, rows, columns, streamed, [=](Stored* to, i64 first, i64 column, i64 count) {
             const Stored* from = x + first;
             const T *m = mean + column, *s = scale + column, *b = shift + column;
+            const After then = after.from(first);
             BRIM_INDEPENDENT
-            for (i64 j = 0; j < count; j++) to[j] = Stored(fma_(T(from[j]) - m[j], s[j], b[j]));
+            for (i64 j = 0; j < count; j++) to[j] = Stored(then(fma_(T(from[j]) - m[j], s[j], b[j]), j));
         });
     });
 }
@@ -162,3 +164,13 @@ BRIM_COLUMN_NORM(float, float, f32)
 BRIM_COLUMN_NORM(double, double, f64)
 BRIM_COLUMN_NORM(float, Half<Float16>, f16)
 BRIM_COLUMN_NORM(float, Half<BFloat16>, bf16)
+
+// With what is next to the norm (around_norm.hpp).
+BRIM_EXPORT void brim_column_norm_fused_f32(const i64* words, float* out, float* means, float* vars, void* parts,
+                                            const float* x, const float* weight, double weight_value,
+                                            const float* bias, double bias_value, i64 rows, i64 columns, double eps) {
+    with_followed(words, [=](auto after) {
+        column_norm<float, float>(out, means, vars, static_cast<Moments*>(parts), x, {weight, float(weight_value)},
+                                  {bias, float(bias_value)}, {rows, columns}, float(eps), after);
+    });
+}
