@@ -184,6 +184,8 @@ def _rows(
     whole = [x for x in (*others, *outs) if isinstance(x, Spec) and x.shape == shape]
     if not 0 < n <= _LONGEST_ROW or not size or not all(x.contiguous for x in whole):
         return None
+    if any(step.fn == "uniform" for formula in formulas for step in formula.steps):
+        return None  # drawing numbers takes so long that nothing is gained
     if len(outs) > 3 and size * 4 >= STREAM_BYTES:
         return None  # two large results that are written in turns take longer than one after the other
     try:
