@@ -176,10 +176,11 @@ def _gradient_of_weight(g: Spec, x: Spec, out: Spec, stride: Pair, padding: Pair
     windows = np.array((x.shape[2:], g.shape[2:], kernel, stride, padding, dilation, False, False), WINDOWS)
     pairs, window = out.shape[0] * out.shape[1], math.prod(kernel)
     common = _Operands(x, g, Spec((_MAX_PIECES, out.size)), group, windows)
-    rows = kernel[0] if window <= _SUMS else 1
+    most_sums = _SUMS * 4 // arithmetic(g.dtype).itemsize  # a float64 takes two registers
+    rows = kernel[0] if window <= most_sums else 1
     last = _across(g)
     piece = 1
-    while last and piece < 4 and rows * kernel[1] * piece * 2 <= _SUMS:
+    while last and piece < 4 and rows * kernel[1] * piece * 2 <= most_sums:
         piece *= 2
     piece = _piece(pairs, group == (1, 1), (x, g), piece) if last else 1
     lanes = min(32, _power_of_two(-(-pairs // piece))) if last else 1
