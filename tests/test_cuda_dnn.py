@@ -456,11 +456,12 @@ def test_an_epilogue_is_joined_only_where_both_layouts_have_a_plan(place: Device
 
 
 def test_a_language_models_step_in_bfloat16(place: Device, twin: HostCudnn) -> None:
-    """Attention and its gradient in a compiled training step, on heads that lie where a projection wrote them."""
+    """Attention and its gradient in a compiled training step, on heads that lie where a projection wrote them; of a
+    whole tile of positions, without which cuDNN is not asked for the gradient."""
 
     def losses(on: Any) -> list[float]:
         brim.manual_seed(1)
-        model = GPT2(layers=2, width=32, heads=2, vocabulary=37, context=16, dropout=0.0).to(on)
+        model = GPT2(layers=2, width=32, heads=2, vocabulary=37, context=128, dropout=0.0).to(on)
         optimizer = optim.SGD(model.parameters(), lr=0.1)
 
         def run(tokens: Any) -> Any:
@@ -472,7 +473,7 @@ def test_a_language_models_step_in_bfloat16(place: Device, twin: HostCudnn) -> N
             return loss.detach()
 
         step = brim.compile(run, device=on)
-        tokens = np.random.default_rng(3).integers(0, 37, (2, 12))
+        tokens = np.random.default_rng(3).integers(0, 37, (2, 128))
         return [step(tokens).item() for _ in range(4)]
 
     np.testing.assert_allclose(losses(place), losses("cpu"), rtol=2e-2)

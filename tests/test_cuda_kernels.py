@@ -22,6 +22,7 @@ work_of(REGISTRY["fill"], [0], [Spec(())], {})  # registers all kernels
 TESTED_ELSEWHERE = {
     "conv2d", "conv2d_grad_input", "conv2d_grad_weight",  # sums of products: test_cuda_conv.py
     "matmul_epilogue", "fused_many",  # only in programs: test_cuda_gemm_epilogue.py, test_cuda_many.py
+    "conv2d_epilogue",  # only in programs: test_cuda_conv_epilogue.py
     "layer_norm_fused", "layer_norm_grad_fused", "batch_norm_fused", "batch_norm_grad_fused",  # ..._fused_norms.py
     "cross_entropy_with_grad",  # test_program_loss_gradient.py
 }  # fmt: skip
