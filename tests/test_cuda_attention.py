@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import brim
-from brim import nn, ops
+from attention_block import block_step
 from brim import op as op_module
-from brim.models.gpt2 import Block
+from brim import ops
 from brim.nn import functional as F
 from brim.op import REGISTRY
 from brim.program.compile import plan, spec
@@ -344,42 +344,15 @@ def test_gradients_of_gradients_on_the_device() -> None:
 # --------------------------------------------------------------------------------------------------------- its memory
 
 
-class _OneBlock(nn.Module):
-    """A block of GPT-2."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Block(width=32, heads=4, dropout=0.0)
-
-    def forward(self, x: Any) -> Any:
-        position = brim.arange(x.shape[1], device=x.device)
-        return self.block(x, ops.expand_dims(position, 1) >= position)
-
-
-def _block_step(place: Any) -> Callable[..., Any]:
-    brim.manual_seed(0)
-    model = _OneBlock().to(place)
-
-    def step(x: Any) -> Any:
-        loss = model(x).square().mean()
-        loss.backward()
-        gradients = [p.grad for p in model.parameters()]
-        for p in model.parameters():
-            p.grad = None
-        return loss, *gradients
-
-    return step
-
-
 @pytest.fixture
 def _without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_MAX_NUMBERS", 0)
     monkeypatch.setattr(op_module._eager, "_plans", {})  # kernels are looked up anew, and again afterwards
 
 
-def _of_one_block() -> list[tuple[int, int]]:
+def _of_one_block(dropout: float) -> list[tuple[int, int]]:
     """Bytes of the arena, and of the activations in it, of a step at T = 128, 256, 512 and 1024, on a card."""
-    step = _block_step("cpu")
+    step = block_step("cpu", dropout)
     plans = [plan(step, spec((1, T, 32)), device_profile=PROFILE) for T in (128, 256, 512, 1024)]
     return [(one.arena_bytes, one.by_kind()["activations"]) for one in plans]
 
@@ -388,17 +361,22 @@ SCORES_BYTES = 4 * 1024 * 1024 * 4
 """Of all heads, at the longest sequence."""
 
 
-def test_memory_grows_linearly_with_the_sequence() -> None:
-    arena_bytes, activation_bytes = zip(*_of_one_block(), strict=True)
+DROPOUTS = pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["plain", "dropout"])
+
+
+@DROPOUTS
+def test_memory_grows_linearly_with_the_sequence(dropout: float) -> None:
+    arena_bytes, activation_bytes = zip(*_of_one_block(dropout), strict=True)
     assert [n // activation_bytes[0] for n in activation_bytes] == [1, 2, 4, 8]
     for shorter, longer in itertools.pairwise(arena_bytes):
         assert longer <= 2 * shorter
     assert arena_bytes[-1] < SCORES_BYTES, "nothing of the size of the scores"
 
 
+@DROPOUTS
 @pytest.mark.usefixtures("_without_the_kernel")
-def test_memory_grew_with_its_square_before() -> None:
-    arena_bytes, activation_bytes = zip(*_of_one_block(), strict=True)
+def test_memory_grew_with_its_square_before(dropout: float) -> None:
+    arena_bytes, activation_bytes = zip(*_of_one_block(dropout), strict=True)
     assert activation_bytes[3] > 3.8 * activation_bytes[2] > 14 * activation_bytes[1]
     assert arena_bytes[3] > 4 * SCORES_BYTES
 
@@ -412,8 +390,8 @@ def _settled_bytes() -> int:
 @pytest.mark.emulated
 def test_a_planned_block_is_the_cpus_and_holds_what_was_planned() -> None:
     x = np.random.default_rng(0).standard_normal((2, 40, 32)).astype(np.float32)
-    want = [out.detach().numpy() for out in _block_step("cpu")(brim.asarray(x))]
-    step = brim.compile(_block_step(device()))
+    want = [out.detach().numpy() for out in block_step("cpu")(brim.asarray(x))]
+    step = brim.compile(block_step(device()))
     given = brim.asarray(x, device=device())
     planned: Plan = brim.plan(step, given)
     names = [one.op.name for one in planned.programs[0].prepared.program.instructions]

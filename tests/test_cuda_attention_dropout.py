@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -11,17 +11,15 @@ import numpy as np
 import pytest
 
 import brim
-from brim import nn, ops, random
-from brim import op as op_module
-from brim.models.gpt2 import Block
+from attention_block import block_step
+from brim import ops, random
 from brim.nn import functional as F
-from brim.program.compile import plan, spec
 from brim.spec import DTYPES, Spec
 from brim_cuda.emulation import EmulationLoader
 from brim_cuda.kernels import attention as kernels
 from emulated import device
 from emulating import WHY_NOT, Recorded, emulated, kernels_of, same_bits
-from test_cuda_attention import PROFILE, SCORES_BYTES, TIMES, both_ways, operands
+from test_cuda_attention import TIMES, both_ways, operands
 from test_cuda_composites import close, works
 
 needs_compiler = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
@@ -131,37 +129,10 @@ def test_a_share_is_between_0_and_1() -> None:
             F.scaled_dot_product_attention(x, x, x, dropout_p=p)
 
 
-class _OneBlock(nn.Module):
-    """A block of GPT-2 with its default dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Block(width=32, heads=4, dropout=0.1)
-
-    def forward(self, x: Any) -> Any:
-        position = brim.arange(x.shape[1], device=x.device)
-        return self.block(x, ops.expand_dims(position, 1) >= position)
-
-
-def _block_step(place: Any) -> Callable[..., Any]:
-    brim.manual_seed(0)
-    model = _OneBlock().to(place)
-
-    def step(x: Any) -> Any:
-        loss = model(x).square().mean()
-        loss.backward()
-        gradients = [p.grad for p in model.parameters()]
-        for p in model.parameters():
-            p.grad = None
-        return loss, *gradients
-
-    return step
-
-
 @pytest.mark.emulated
 def test_planned_steps_draw_anew_each_time_and_get_the_cpus_gradients() -> None:
     x = np.random.default_rng(0).standard_normal((2, 40, 32)).astype(np.float32)
-    there, here = brim.compile(_block_step(device())), _block_step("cpu")
+    there, here = brim.compile(block_step(device(), dropout=0.1)), block_step("cpu", dropout=0.1)
     names = [
         one.op.name
         for one in brim.plan(there, brim.asarray(x, device=device())).programs[0].prepared.program.instructions
@@ -177,31 +148,3 @@ def test_planned_steps_draw_anew_each_time_and_get_the_cpus_gradients() -> None:
         for want, got in zip(wanted, found, strict=True):
             np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5 * max(1.0, np.abs(want).max()))
     assert len({float(one[0]) for one in losses[1]}) == 4, "another mask in every step"
-
-
-@pytest.fixture
-def _without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_MAX_NUMBERS", 0)
-    monkeypatch.setattr(op_module._eager, "_plans", {})  # kernels are looked up anew, and again afterwards
-
-
-def _of_one_block() -> list[tuple[int, int]]:
-    """Bytes of the arena, and of the activations in it, of a step at T = 128, 256, 512 and 1024, on a card."""
-    step = _block_step("cpu")
-    plans = [plan(step, spec((1, T, 32)), device_profile=PROFILE) for T in (128, 256, 512, 1024)]
-    return [(one.arena_bytes, one.by_kind()["activations"]) for one in plans]
-
-
-def test_memory_grows_linearly_with_the_sequence() -> None:
-    arena_bytes, activation_bytes = zip(*_of_one_block(), strict=True)
-    assert [n // activation_bytes[0] for n in activation_bytes] == [1, 2, 4, 8]
-    for shorter, longer in itertools.pairwise(arena_bytes):
-        assert longer <= 2 * shorter
-    assert arena_bytes[-1] < SCORES_BYTES, "nothing of the size of the scores"
-
-
-@pytest.mark.usefixtures("_without_the_kernel")
-def test_memory_grew_with_its_square_before() -> None:
-    arena_bytes, activation_bytes = zip(*_of_one_block(), strict=True)
-    assert activation_bytes[3] > 3.8 * activation_bytes[2] > 14 * activation_bytes[1]
-    assert arena_bytes[3] > 4 * SCORES_BYTES

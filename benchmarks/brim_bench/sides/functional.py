@@ -83,20 +83,21 @@ class Functional(Side, ABC):
         """(tokens, tokens): 0 where a token is seen, very small where not."""
         return self.asarray(np.triu(np.full((tokens, tokens), -1e30, np.float32), 1))
 
+    @abstractmethod
     def computed(self, fn: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
         """Runs ``fn(*arrays)`` as the library does it best, to its end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def differentiated(self, fn: Callable[..., Any], gradient: Any, *arrays: Any) -> Callable[[], Sequence[Any]]:
         """Runs y = fn(*arrays) and the backward pass from ``gradient`` (None: of one number): y and all gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def updater(
         self, which: str, parameters: list[Any], gradients: list[Any]
     ) -> tuple[Callable[[], Any], Callable[[], list[Any]]]:
         """(runs one update in place of the old parameters, the parameters now)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trainer(
         self, which: str, loss: Callable[..., Any], parameters: list[Any], statistics: list[Any]
     ) -> tuple[Callable[[Any, Any], Any], Callable[[], list[Any]]]:
@@ -106,7 +107,6 @@ class Functional(Side, ABC):
             which: "sgd" or "adamw".
             loss: ``loss(parameters, statistics, key, x, y)`` gives (loss, statistics of batch norms).
         """
-        raise NotImplementedError
 
     # ---- images and weights, to the library and back
 
