@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,94 +10,35 @@ import pytest
 
 import brim
 from brim.check.networks import NETWORKS, compiled, make
-from brim.expr import FormulaBuilder, FusedFormula
-from brim.op import REGISTRY
 from brim.program.ir import FUSED, FUSED_MANY, STORE, HostScalar, Instruction, Program, Ref, Value, parts_of
 from brim.program.lower import arena_bytes, prepare, scratch_bytes
 from brim.program.passes import default_passes
 from brim.program.passes.dead_code import dead_code
-from brim.program.passes.early_casts import early_casts
 from brim.program.passes.fuse import fuse
 from brim.program.passes.in_place import in_place
 from brim.program.passes.liveness import live_bytes
 from brim.program.passes.schedule import schedule
 from brim.program.passes.side_by_side import ARRAY_BYTES_MAX, side_by_side
-from brim.program.place import overwritable, plan_memory
-from brim.program.verify import ProgramError, verify
+from brim.program.place import plan_memory
+from brim.program.verify import verify
 from brim.spec import DTYPES, Spec
 from brim_cpu import backend, native
-from program_oracle import changed_by, run_program
+from program_oracle import run_program
 from random_programs import random_arrays, random_program
+from update_programs import (
+    F32,
+    MANY,
+    Updates,
+    constant_formula,
+    joined,
+    many_of,
+    names,
+    room,
+    step,
+    store,
+)
 
 CPU = backend()
-F32 = DTYPES["float32"]
-MANY = 2**40
-
-
-def momentum_formula() -> FusedFormula:
-    """v = momentum v + g; p = p - lr v, of inputs p, v, g, lr, momentum."""
-    builder = FormulaBuilder([F32, F32, F32, None, None])
-    velocity = builder.call("add", [builder.call("mul", [("in", 4), ("in", 1)], F32), ("in", 2)], F32)
-    param = builder.call("sub", [("in", 0), builder.call("mul", [("in", 3), velocity], F32)], F32)
-    return builder.formula([param[1], velocity[1]])
-
-
-def step(name: str, *ins: Any, out: Value, **params: Any) -> Instruction:
-    return Instruction(REGISTRY[name], tuple(Ref.of(i) if isinstance(i, Value) else i for i in ins), (out,), params)
-
-
-def store(state: Value, new: Value) -> Instruction:
-    return Instruction(STORE, (Ref.of(state), Ref(new, state.spec)), (), phase="update")
-
-
-class Updates:
-    """A step that makes one gradient after another and updates a parameter with each at once.
-
-    Arguments:
-        shapes: of the parameters.
-        rates: the learning rate of each.
-        from_states: gradients are made of the parameters, not of inputs, which would live from the start.
-    """
-
-    def __init__(
-        self, shapes: list[tuple[int, ...]], rates: list[Any] | None = None, from_states: bool = False
-    ) -> None:
-        self.rate, self.momentum = HostScalar(lambda: 0.25), HostScalar(lambda: 0.5)
-        self.params = [Value(Spec(shape), "state") for shape in shapes]
-        self.velocities = [Value(Spec(shape), "state") for shape in shapes]
-        self.inputs = [] if from_states else [Value(Spec(shape), "input") for shape in shapes]
-        self.instructions: list[Instruction] = []
-        for n, (p, v, x) in enumerate(zip(self.params, self.velocities, self.inputs or self.params)):
-            grad, new_p, new_v = Value(p.spec), Value(p.spec), Value(p.spec)
-            self.instructions.append(step("square", x, out=grad))
-            refs = tuple(map(Ref.of, (p, v, grad)))
-            rate = rates[n] if rates else self.rate
-            operands = (*refs, rate, self.momentum)
-            update = Instruction(FUSED, operands, (new_p, new_v), {"formula": momentum_formula()}, f"layer{n}")
-            self.instructions += [replace(update, phase="update"), store(v, new_v), store(p, new_p)]
-
-    def program(self, *results: Value) -> Program:
-        states = [*self.params, *self.velocities]
-        return Program(self.inputs, states, {}, self.instructions, [Ref.of(v) for v in results])
-
-
-def joined(program: Program, keeps_bytes: int = MANY, **options: Any) -> Program:
-    return changed_by(lambda one: side_by_side(one, keeps_bytes, **options), program)
-
-
-def names(program: Program) -> list[str]:
-    return [i.op.name for i in program.instructions]
-
-
-def many_of(program: Program) -> list[Instruction]:
-    return [i for i in program.instructions if i.op is FUSED_MANY]
-
-
-def room(program: Program, nbytes: int = 4096) -> Program:
-    """The program after two values of this size, which raise its peak to the size of both."""
-    x, made, total = Value(Spec((nbytes // 4,)), "input"), Value(Spec((nbytes // 4,))), Value(Spec(()))
-    first = [step("square", x, out=made), step("sum", made, out=total, axes=(0,), keepdims=False)]
-    return replace(program, inputs=[*program.inputs, x], instructions=[*first, *program.instructions])
 
 
 # --------------------------------------------------------------------------------------------------------- what joins
@@ -159,11 +99,6 @@ def test_scalars_of_one_reading_are_told_apart() -> None:
     for chosen in (rates, [picked(0), picked(1)]):
         (many,) = many_of(joined(room(Updates([(3,), (4,)], chosen).program())))
         assert many.params["shared"] == 1
-
-
-def constant_formula(number: Any) -> FusedFormula:
-    builder = FormulaBuilder([F32])
-    return builder.formula([builder.call("add", [("in", 0), ("const", number)], F32)[1]])
 
 
 def two(first: Instruction, second: Instruction, inputs: list[Value]) -> Program:
@@ -313,53 +248,6 @@ def test_only_so_many_bytes_are_kept_longer(keeps_bytes: int, counts: list[int])
     assert [i.params["count"] for i in many_of(found)] == counts
 
 
-def casts(count: int) -> Program:
-    """Layer after layer: a weight is cast, and the largest element of the cast is found."""
-    weights = [Value(Spec((256 - n,)), "state") for n in range(count)]
-    steps: list[Instruction] = []
-    for weight in weights:
-        half, out = Value(weight.spec.with_dtype(DTYPES["bfloat16"])), Value(Spec((), DTYPES["bfloat16"]))
-        steps.append(step("astype", weight, out=half, dtype=DTYPES["bfloat16"]))
-        steps.append(step("max", half, out=out, axes=(0,), keepdims=False))
-    return Program([], weights, {}, steps, [Ref.of(i.outs[0]) for i in steps[1::2]])
-
-
-def test_casts_of_weights_are_made_early_where_the_peak_has_room() -> None:
-    program = room(casts(6), 2**16)
-    assert not many_of(joined(program)), "each is read before the next is made"
-    after = changed_by(lambda one: early_casts(one, MANY), program)
-    (many,) = many_of(after)
-    assert many.params["count"] == 6
-    assert after.instructions.index(many) == 2, "where the first one was"
-    assert max(live_bytes(after)) == max(live_bytes(program))
-    few = changed_by(lambda one: early_casts(one, 1024), program)
-    assert [i.params["count"] for i in many_of(few)] == [3, 3]
-    assert not many_of(early_casts(casts(6), MANY)), "it would raise the peak"
-    assert early_casts(program, 0) is program
-
-
-def test_early_casts_go_by_the_judge() -> None:
-    program = room(casts(8), 2**16)
-
-    def peak(one: Program) -> int:
-        return max((i.params["count"] for i in many_of(one)), default=2)
-
-    found = changed_by(lambda one: early_casts(one, MANY, peak=peak), program)
-    assert [i.params["count"] for i in many_of(found)] == [2] * 4
-    assert early_casts(program, MANY, peak=lambda one: len(many_of(one))) is program
-
-
-def test_casts_of_what_the_step_makes_stay() -> None:
-    program = room(casts(4), 2**16)
-    weight, half = next(program.instructions[2].refs).value, program.instructions[2].outs[0]
-    made = Value(weight.spec)
-    steps = [step("exp", weight, out=made), step("astype", made, out=half, dtype=DTYPES["bfloat16"])]
-    program = program.with_instructions([*program.instructions[:2], *steps, *program.instructions[3:]])
-    after = changed_by(lambda one: early_casts(one, MANY), program)
-    assert [i.params["count"] for i in many_of(after)] == [3]
-    assert names(after)[2:5] == ["exp", "astype", "max"]
-
-
 def test_a_result_in_the_place_of_what_dies_costs_nothing() -> None:
     states = [Value(Spec((n,)), "state") for n in (3, 4)]
     squares, results = ([Value(s.spec) for s in states] for _ in range(2))
@@ -476,103 +364,3 @@ def test_updates_of_a_traced_step_join_after_the_usual_passes() -> None:
     assert found == [bound[i].scratch_bytes for i in many_of(after)]
     assert native.available() or max(found) > 0  # native kernels need no working memory
     assert arena_bytes(after, CPU, bound) == prepare(after, CPU, ()).memory.arena_bytes
-
-
-# -------------------------------------------------------------------------------------------- what others make of them
-
-
-def many(*parts: tuple[tuple[Value, ...], tuple[Value, ...]], shared: tuple[Any, ...] = ()) -> Instruction:
-    ins = [Ref.of(v) for part, _ in parts for v in part]
-    params = {"formula": momentum_formula(), "count": len(parts), "shared": len(shared)}
-    return Instruction(FUSED_MANY, (*shared, *ins), tuple(o for _, outs in parts for o in outs), params)
-
-
-def _values(count: int, shape: tuple[int, ...] = (4,)) -> list[Value]:
-    return [Value(Spec(shape)) for _ in range(count)]
-
-
-def test_a_part_writes_only_over_what_it_alone_reads() -> None:
-    a, b, c, d, e = _values(5)
-    outs = _values(4)
-    instruction = many(((a, b, c), (outs[0], outs[1])), ((d, b, e), (outs[2], outs[3])))
-    assert overwritable(instruction, outs[0]) == overwritable(instruction, outs[1]) == [a, c]
-    assert overwritable(instruction, outs[3]) == [d, e]
-    turned = replace(instruction, ins=(Ref(a, Spec((4,), F32, (-1,)), 3), *instruction.ins[1:]))
-    assert overwritable(turned, outs[0]) == [c]
-
-
-def test_a_part_takes_over_no_memory_of_another() -> None:
-    x, state = Value(Spec((4,)), "input"), Value(Spec((4,)), "state")
-    a, b, at_home, out = Value(x.spec), Value(x.spec), Value(x.spec, home=state), Value(x.spec)
-    params = {"formula": constant_formula(2.0), "count": 2, "shared": 0}
-    both = Instruction(FUSED_MANY, (Ref.of(a), Ref.of(b)), (at_home, out), params)
-    steps = [step("square", x, out=a), step("exp", x, out=b), both]
-    for results, shares, nbytes in (((b, out), {}, 48), ((out,), {out: b}, 32)):
-        program = Program([x], [state], {}, steps, [Ref.of(v) for v in results])
-        verify(program)
-        found = plan_memory(program, [0] * 3, [False, False, True]).shares
-        assert found == shares
-        assert live_bytes(program)[2] == nbytes
-
-
-def test_the_verifier_knows_parts() -> None:
-    x = Value(Spec((4,)), "input")
-    y = Value(Spec((4, 1)), "input")
-    state = Value(Spec((4,)), "state")
-
-    def check(*instructions: Instruction) -> None:
-        verify(Program([x, y], [state], {}, list(instructions), []))
-
-    formula = constant_formula(2.0)
-
-    def plain(ins: tuple[Value | Ref, ...], outs: tuple[Value, ...], **params: Any) -> Instruction:
-        refs = tuple(i if isinstance(i, Ref) else Ref.of(i) for i in ins)
-        return Instruction(FUSED_MANY, refs, outs, {"formula": formula, "count": 2, "shared": 0, **params})
-
-    check(plain((x, y), (Value(x.spec), Value(y.spec))))
-    with pytest.raises(ProgramError, match="2 inputs and 3 outputs are not those of 2 equal parts"):
-        check(plain((x, y), tuple(_values(3))))
-    with pytest.raises(ProgramError, match="not those of 3 equal parts"):
-        check(plain((x, y), tuple(_values(2)), count=3))
-    with pytest.raises(ProgramError, match="not those of 0 equal parts"):
-        check(plain((x, y), tuple(_values(2)), count=0))
-    with pytest.raises(ProgramError, match="larger than an output"):
-        check(plain((x, y), tuple(_values(2))))
-    with pytest.raises(ProgramError, match="no param formula"):
-        check(plain((x, y), (Value(x.spec), Value(y.spec)), formula="2 x"))
-    with pytest.raises(ProgramError, match="not row-major"):
-        check(plain((Ref(x, Spec((4,), F32, (-1,)), 3), x), tuple(_values(2))))
-    with pytest.raises(ProgramError, match="another size"):
-        check(plain((y, y), (Value(y.spec), Value(Spec((4, 5))))))
-    home = Value(state.spec, home=state)
-    check(plain((state, x), (home, Value(x.spec))))
-    with pytest.raises(ProgramError, match="otherwise than element for element"):
-        check(plain((x, state), (home, Value(x.spec))))
-
-
-def test_the_cpu_kernel_runs_the_parts_in_order() -> None:
-    rng = np.random.default_rng(0)
-    sizes = (5, 0, 1, 40_000)
-    arrays = [[rng.standard_normal(n).astype("f4") for _ in range(3)] for n in sizes]
-    flat = [a for part in arrays for a in part]
-    builder = FormulaBuilder([None, None, F32, F32, F32])  # lr and momentum come first: they are shared
-    velocity = builder.call("add", [builder.call("mul", [("in", 1), ("in", 3)], F32), ("in", 4)], F32)
-    param = builder.call("sub", [("in", 2), builder.call("mul", [("in", 0), velocity], F32)], F32)
-    params = {"formula": builder.formula([param[1], velocity[1]]), "count": 4, "shared": 2}
-    specs = [Spec(a.shape, a.dtype) for a in flat]
-    out_specs = [Spec((n,)) for n in sizes for _ in range(2)]
-    kernel = CPU.bind(FUSED_MANY, [1.0, 1.0, *specs], out_specs, params)
-    assert kernel.aliasing
-    outs = tuple(np.zeros(s.shape, "f4") for s in out_specs)
-    scratch = CPU.allocate(0, kernel.scratch_bytes)
-    kernel.run(outs, 0.1, 0.9, *flat, scratch=scratch, **params)
-    for n, (p, v, g) in enumerate(arrays):
-        new = np.float32(0.9) * v + g
-        np.testing.assert_array_equal(outs[2 * n + 1], new)
-        np.testing.assert_array_equal(outs[2 * n], p - np.float32(0.1) * new)
-    again = tuple(a for p, v, _ in arrays for a in (p, v))
-    assert kernel.prepare is not None
-    for call in kernel.prepare(again, 0.1, 0.9, *flat, scratch=scratch, **params) or ():
-        call()
-    for got, want in zip(again, outs, strict=True):
-        np.testing.assert_array_equal(got, want)
