@@ -6,20 +6,20 @@ one pass over memory is what makes it pay (see ``brim.program.norm_groups``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from brim.backend import BoundKernel
-from brim.op import REGISTRY, Op
+from brim.op import REGISTRY
 from brim.spec import Scalar, Spec
 from brim_cpu.blocks import carve, carve_bytes
+from brim_cpu.epilogue import Bind
 
 __all__ = ["FUSED_NORMS", "bind_fused_norm"]
 
 Array = np.ndarray[Any, Any]
-Bind = Callable[[Op, Sequence[Spec | Scalar], Sequence[Spec], dict[str, Any]], BoundKernel]
 
 FUSED_NORMS = {"layer_norm_fused": 2, "batch_norm_fused": 2, "layer_norm_grad_fused": 4, "batch_norm_grad_fused": 4}
 """Op -> how many inputs the norm has besides its first one; they come first, then those of the formulas."""

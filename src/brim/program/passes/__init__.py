@@ -105,25 +105,16 @@ def _joining(
     keeps_bytes: int = getattr(backend, "joins_side_by_side", 0)
     if not keeps_bytes:
         return []
-    joined = partial(
-        side_by_side,
-        keeps_bytes=keeps_bytes,
-        alignment_bytes=backend.alignment_bytes,
-        scratch_bytes=scratch_bytes,
-        peak=peak,
-        array_bytes=getattr(backend, "joins_arrays_of", ARRAY_BYTES_MAX),
-        update_bytes=getattr(backend, "joins_updates", ARRAY_BYTES_MAX),
-    )
+    within: dict[str, Any] = {
+        "keeps_bytes": keeps_bytes,
+        "alignment_bytes": backend.alignment_bytes,
+        "scratch_bytes": scratch_bytes,
+        "peak": peak,
+        "array_bytes": getattr(backend, "joins_arrays_of", ARRAY_BYTES_MAX),
+    }
+    joined = partial(side_by_side, update_bytes=getattr(backend, "joins_updates", ARRAY_BYTES_MAX), **within)
     found: list[Callable[[Program], Program]] = []
     found += [update_wrapper(joined, side_by_side)] * 2  # again: what updates read may join once they have
     if getattr(backend, "joins_early", False):
-        early = partial(
-            early_casts,
-            keeps_bytes=keeps_bytes,
-            alignment_bytes=backend.alignment_bytes,
-            scratch_bytes=scratch_bytes,
-            peak=peak,
-            array_bytes=backend.joins_arrays_of,
-        )
-        found.append(update_wrapper(early, early_casts))
+        found.append(update_wrapper(partial(early_casts, **within), early_casts))
     return found

@@ -51,10 +51,7 @@ def early_casts(
         return program
 
     def levels_of(one: Program) -> np.ndarray[Any, Any]:
-        levels = np.array(live_bytes(one, alignment_bytes), np.int64)
-        if scratch_bytes is not None:
-            levels[: len(one.instructions)] += [scratch_bytes(i) for i in one.instructions]
-        return levels
+        return np.array(live_bytes(one, alignment_bytes, scratch_bytes), np.int64)
 
     judge = peak or (lambda one: int(levels_of(one).max()))
     levels, limit_bytes, wanted_bytes = levels_of(program), judge(program), keeps_bytes

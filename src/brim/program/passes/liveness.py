@@ -2,12 +2,12 @@
 
 Placement knows it to the byte, but needs a backend and every kernel's scratch. Passes only compare two orders of the
 same instructions, and for that lifetimes are enough: what is written in a state's memory, or over an input that dies,
-takes nothing; scratch and rounding are left out.
+takes nothing; scratch and rounding are left out unless a pass asks for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from brim.program.ir import FUSED, FUSED_MANY, STORE, Instruction, Program, Ref, Value, parts_of
 from brim.program.norm_groups import is_fused_norm, overwritable_by_norm
@@ -29,12 +29,15 @@ def works_in_place(instruction: Instruction) -> bool:
     return op is FUSED or op is FUSED_MANY or op.kind == "elementwise" or op.name in _IN_PLACE
 
 
-def live_bytes(program: Program, alignment_bytes: int = 1) -> list[int]:
+def live_bytes(
+    program: Program, alignment_bytes: int = 1, scratch_bytes: Callable[[Instruction], int] | None = None
+) -> list[int]:
     """Bytes in the arena while each instruction runs, as far as lifetimes tell; never empty.
 
     Arguments:
         program: in the order in which it would run.
         alignment_bytes: every value counts as the next multiple of it.
+        scratch_bytes: working memory of an instruction, which counts where it is given.
     """
 
     def size_bytes(value: Value) -> int:
@@ -74,6 +77,9 @@ def live_bytes(program: Program, alignment_bytes: int = 1) -> list[int]:
     for delta in change[: len(instructions) + 1]:
         level += delta
         levels.append(level)
+    if scratch_bytes is not None:
+        for n, instruction in enumerate(instructions):
+            levels[n] += scratch_bytes(instruction)
     return levels
 
 

@@ -54,10 +54,7 @@ def side_by_side(
     """
 
     def levels(one: Program) -> list[int]:
-        live = live_bytes(one, alignment_bytes)
-        return [
-            level + (scratch_bytes(i) if scratch_bytes else 0) for level, i in zip(live, one.instructions, strict=False)
-        ] + live[len(one.instructions) :]
+        return live_bytes(one, alignment_bytes, scratch_bytes)
 
     judge = peak or (lambda one: max(levels(one)))
     search = _Search(program, levels(program), alignment_bytes, array_bytes, max(array_bytes, update_bytes))
